@@ -1,0 +1,1 @@
+"""What a person runs: each module reproduces one paper's claim and says what it measured."""

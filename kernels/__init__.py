@@ -1,0 +1,1 @@
+"""The recurrences that sub-quadratic sequence models share, as differentiable array functions."""

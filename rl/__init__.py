@@ -1,0 +1,1 @@
+"""Environments, algorithms and internal RL, compiled end to end."""

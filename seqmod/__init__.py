@@ -1,0 +1,1 @@
+"""Sequence models whose residual stream can be read and edited."""

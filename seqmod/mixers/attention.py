@@ -1,0 +1,121 @@
+"""Causal softmax attention with T5's learned relative position bias (Raffel et al., arXiv 1910.10683, section 2.1).
+
+The mixer of the paper's grid-world base model (arXiv 2512.20605, Table A16: 4 heads of 64, 32 buckets). Distances below
+half the buckets have one bucket each; larger ones share logarithmic buckets up to `max_distance`.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from seqmod.mixers.base import Mixer, Params, scaled_normal
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """`width` D in and out, H `heads` of `head_dim` each."""
+
+    width: int = 64
+    heads: int = 4
+    head_dim: int = 16
+    buckets: int = 32
+    max_distance: int = 128
+    init_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.heads, self.head_dim) < 1 or self.buckets < 2:
+            raise ValueError(f"AttentionConfig: sizes must be positive and buckets at least 2, got {self}")
+
+
+class AttentionState(NamedTuple):
+    """Keys and values so far (B, M, H, K), and the number of steps taken."""
+
+    k_BMHK: jax.Array
+    v_BMHK: jax.Array
+    time: jax.Array
+
+
+def bucket(distance: jax.Array, buckets: int, max_distance: int) -> jax.Array:
+    """Bucket of a non-negative distance into the past, as T5's unidirectional bias has it."""
+    exact = buckets // 2
+    ratio = jnp.log(jnp.maximum(distance, 1) / exact) / jnp.log(max_distance / exact)
+    far = exact + (ratio * (buckets - exact)).astype(jnp.int32)
+    return jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
+
+
+def init(key: jax.Array, config: AttentionConfig) -> Params:
+    """Parameters: `qkv` (D, 3, H, K), `out` (H, K, D), `bias` (buckets, H)."""
+    k_qkv, k_out, k_bias = jax.random.split(key, 3)
+    D, H, K = config.width, config.heads, config.head_dim
+    return {
+        "qkv": scaled_normal(k_qkv, (D, 3, H, K), D, config.init_scale),
+        "out": scaled_normal(k_out, (H, K, D), H * K, config.init_scale),
+        "bias": scaled_normal(k_bias, (config.buckets, H), config.buckets, config.init_scale),
+    }
+
+
+def _attend(config: AttentionConfig, q_BQHK, k_BMHK, v_BMHK, bias_QMH, visible_BQM) -> jax.Array:
+    scores_BHQM = jnp.einsum("BQHK,BMHK->BHQM", q_BQHK, k_BMHK) * config.head_dim**-0.5
+    scores_BHQM = scores_BHQM + jnp.moveaxis(bias_QMH, -1, 0)[None]
+    scores_BHQM = jnp.where(visible_BQM[:, None], scores_BHQM, -1e30)
+    return jnp.einsum("BHQM,BMHK->BQHK", jax.nn.softmax(scores_BHQM, axis=-1), v_BMHK)
+
+
+def apply(
+    params: Params, config: AttentionConfig, x_BLD: jax.Array, segment_ids: jax.Array | None = None
+) -> jax.Array:
+    """Parallel form, (B, L, D) to (B, L, D); a step sees itself and earlier steps of its own segment."""
+    L = x_BLD.shape[1]
+    qkv = jnp.einsum("BLD,DGHK->GBLHK", x_BLD, params["qkv"])
+    distance_LL = jnp.arange(L)[:, None] - jnp.arange(L)[None]
+    visible_BLL = (distance_LL >= 0)[None]
+    if segment_ids is not None:
+        visible_BLL = visible_BLL & (segment_ids[:, :, None] == segment_ids[:, None])
+    bias_LLH = params["bias"][bucket(jnp.maximum(distance_LL, 0), config.buckets, config.max_distance)]
+    y_BLHK = _attend(config, qkv[0], qkv[1], qkv[2], bias_LLH, visible_BLL)
+    return jnp.einsum("BLHK,HKD->BLD", y_BLHK, params["out"])
+
+
+def init_state(config: AttentionConfig, batch: int, length: int) -> AttentionState:
+    """Empty cache for sequences of at most `length` steps."""
+    empty = jnp.zeros((batch, length, config.heads, config.head_dim))
+    return AttentionState(empty, empty, jnp.zeros((), jnp.int32))
+
+
+def step(
+    params: Params, config: AttentionConfig, x_BD: jax.Array, state: AttentionState
+) -> tuple[jax.Array, AttentionState]:
+    """One step, (B, D) to (B, D); steps past the cache's length overwrite its last entry, so size it for the episode."""
+    qkv = jnp.einsum("BD,DGHK->GBHK", x_BD, params["qkv"])
+    M = state.k_BMHK.shape[1]
+    k_BMHK = jax.lax.dynamic_update_slice_in_dim(state.k_BMHK, qkv[1][:, None], state.time, axis=1)
+    v_BMHK = jax.lax.dynamic_update_slice_in_dim(state.v_BMHK, qkv[2][:, None], state.time, axis=1)
+    distance_1M = (state.time - jnp.arange(M))[None]
+    bias_1MH = params["bias"][bucket(jnp.maximum(distance_1M, 0), config.buckets, config.max_distance)]
+    y_B1HK = _attend(config, qkv[0][:, None], k_BMHK, v_BMHK, bias_1MH, (distance_1M >= 0)[None])
+    y_BD = jnp.einsum("BHK,HKD->BD", y_B1HK[:, 0], params["out"])
+    return y_BD, AttentionState(k_BMHK, v_BMHK, state.time + 1)
+
+
+def default_config(width: int, heads: int, init_scale: float = 1.0) -> AttentionConfig:
+    """Heads that share the width."""
+    if width % heads:
+        raise ValueError(f"attention: width {width} is not divisible by heads {heads}")
+    return AttentionConfig(width=width, heads=heads, head_dim=width // heads, init_scale=init_scale)
+
+
+class Attention(nn.Module):
+    """Linen module around `init` and `apply`."""
+
+    config: AttentionConfig
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        params = self.param("mixer", lambda key: init(key, self.config))
+        return apply(params, self.config, x_BLD, segment_ids)
+
+
+MIXER = Mixer(default_config, init, apply, init_state, step)
