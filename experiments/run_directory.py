@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from seqmod import npz
 from seqmod.checkpoint import differences
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnax", "brax")
@@ -152,7 +153,8 @@ class RunDirectory:
     ) -> None:
         """Marks a stage as finished and keeps its small results (JSON) and its arrays."""
         folder = self.stage_directory(stage)
-        write_arrays(folder / "arrays.npz", arrays or {})
+        kept = {name: host_array(array) for name, array in (arrays or {}).items()}
+        npz.write(folder / "arrays.npz", kept)
         _write_json(folder / "done.json", results or {})  # last: its presence is the mark
 
     def is_done(self, stage: str) -> bool:
@@ -164,25 +166,11 @@ class RunDirectory:
         if not self.is_done(stage):
             raise RunError(f"stage {stage} of {self.path} is not done: run it first")
         folder = self.stage_directory(stage)
-        return json.loads((folder / "done.json").read_text()), read_arrays(folder / "arrays.npz")
-
-
-def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Writes named arrays to an .npz, whole or not at all; bfloat16 becomes float32."""
-    with path.with_name(path.name + ".partial").open("wb") as file:
-        host = {name: host_array(array) for name, array in arrays.items()}
-        np.savez(file, allow_pickle=False, **host)
-    os.replace(file.name, path)
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Reads what `write_arrays` wrote."""
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
+        return json.loads((folder / "done.json").read_text()), npz.read(folder / "arrays.npz")
 
 
 def host_array(array: Any) -> np.ndarray:
-    """A NumPy array of a type that NumPy itself can store."""
+    """The array in NumPy; bfloat16, which NumPy alone does not know, becomes float32."""
     array = np.asarray(array)
     return array.astype(np.float32) if array.dtype.kind == "V" else array
 

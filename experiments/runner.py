@@ -26,11 +26,9 @@ from experiments.run_directory import (
     RunDirectory,
     RunError,
     host_array,
-    read_arrays,
     resume_command,
-    write_arrays,
 )
-from seqmod import checkpoint
+from seqmod import checkpoint, npz
 from seqmod.checkpoint import CheckpointError
 
 __all__ = [
@@ -207,7 +205,7 @@ class _History:
                 continue
             if first != self.saved + 1:
                 break
-            piece = read_arrays(path)
+            piece = npz.read(path)
             self.seconds += float(piece.pop(_SECONDS))
             self._pieces.append(piece)
             self.saved = last
@@ -228,7 +226,7 @@ class _History:
         piece = _join(self._unsaved)
         first, last = self.saved + 1, self.saved + len(self._unsaved)
         path = self._folder / f"{first:09d}-{last:09d}.npz"
-        write_arrays(path, {**piece, _SECONDS: self._unsaved_seconds})
+        npz.write(path, {**piece, _SECONDS: np.asarray(self._unsaved_seconds)})
         self._pieces.append(piece)
         self._unsaved, self._unsaved_seconds, self.saved = [], 0.0, last
 

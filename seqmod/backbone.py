@@ -24,7 +24,8 @@ from seqmod.residual import Edit, apply_edits
 class BackboneConfig:
     """`inputs` F features in; `heads` output sizes by name; `mixers` one name per block.
 
-    `attention_heads` heads for every mixer; `mlp` hidden width of the ReLU MLP.
+    `attention_heads` heads for every mixer; `mlp` hidden width of the ReLU MLP; `context` the distance beyond which
+    earlier steps look alike to a relative position bias.
     """
 
     inputs: int
@@ -33,6 +34,7 @@ class BackboneConfig:
     width: int = 64
     mlp: int = 256
     attention_heads: int = 4
+    context: int = 128
     init_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -53,7 +55,7 @@ class BackboneConfig:
 
     def mixer_config(self, layer: int) -> Any:
         """Config of the mixer of a block."""
-        return MIXERS[self.mixers[layer]].config(self.width, self.attention_heads, self.init_scale)
+        return MIXERS[self.mixers[layer]].config(self.width, self.attention_heads, self.init_scale, self.context)
 
     def check_layer(self, layer: int) -> None:
         """Raise ValueError where the residual stream has no such layer."""

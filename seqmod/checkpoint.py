@@ -11,13 +11,10 @@ is restored takes its structure from `like`. One process writes; arrays may be s
 devices and come back in the sharding of `like`.
 """
 
-import io
 import json
-import os
 import re
 import shutil
 import warnings
-import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
+
+from seqmod import npz
 
 _STEP = re.compile(r"step_(\d+)(\.replaced)?")
 _CONFIG = "__config__"
@@ -154,17 +153,8 @@ def export_params(path: str | Path, params: Mapping[str, Any], config: Mapping[s
     equal bytes: a file in version control changes only when its contents do. Raises ValueError for
     what the format would not give back exactly: bfloat16, typed keys, lists, names with a '/'.
     """
-    arrays = {_CONFIG: np.asarray(json.dumps(config, sort_keys=True)), **_flatten(params)}
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, array in sorted(arrays.items()):
-            content = io.BytesIO()
-            np.lib.format.write_array(content, array, allow_pickle=False)
-            # A ZipInfo without a date has the same one in every file.
-            info = zipfile.ZipInfo(f"{name}.npy")
-            archive.writestr(info, content.getvalue(), zipfile.ZIP_DEFLATED)
-    os.replace(partial, path)
+    text = np.asarray(json.dumps(config, sort_keys=True))
+    npz.write(path, {_CONFIG: text, **_flatten(params)})
 
 
 def load_params(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -173,18 +163,12 @@ def load_params(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises FileNotFoundError, or CheckpointError for a file that is damaged or of another kind.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            arrays = {
-                name.removesuffix(".npy"): np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
-                for name in archive.namelist()
-            }
-        config = json.loads(arrays.pop(_CONFIG).item())
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise CheckpointError(
-            f"load_params: {path} is damaged or was not written by export_params: {error!r}"
-        ) from error
+        arrays = npz.read(path)
+    except ValueError as error:
+        raise CheckpointError(f"load_params: {error}") from error
+    if _CONFIG not in arrays:
+        raise CheckpointError(f"load_params: {path} was not written by export_params")
+    config = json.loads(arrays.pop(_CONFIG).item())
     params: dict[str, Any] = {}
     for name, array in arrays.items():
         *groups, last = name.split("/")

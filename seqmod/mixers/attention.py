@@ -100,11 +100,11 @@ def step(
     return y_BD, AttentionState(k_BMHK, v_BMHK, state.time + 1)
 
 
-def default_config(width: int, heads: int, init_scale: float = 1.0) -> AttentionConfig:
-    """Heads that share the width."""
+def default_config(width: int, heads: int, init_scale: float = 1.0, context: int = 128) -> AttentionConfig:
+    """Heads that share the width; `context` is the largest distance told apart."""
     if width % heads:
         raise ValueError(f"attention: width {width} is not divisible by heads {heads}")
-    return AttentionConfig(width=width, heads=heads, head_dim=width // heads, init_scale=init_scale)
+    return AttentionConfig(width=width, heads=heads, head_dim=width // heads, max_distance=context, init_scale=init_scale)
 
 
 class Attention(nn.Module):

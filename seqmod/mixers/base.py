@@ -15,7 +15,7 @@ Params = dict[str, Any]
 
 
 class Mixer(NamedTuple):
-    """`config(width, heads)` builds a default config; `init(key, config)`; `apply(params, config, x_BLD, segment_ids)`;
+    """`config(width, heads, init_scale, context)` builds a config; `init(key, config)`; `apply(params, config, x_BLD, segment_ids)`;
     `init_state(config, batch, length)` for sequences of at most `length`; `step(params, config, x_BD, state)`."""
 
     config: Callable[..., Any]

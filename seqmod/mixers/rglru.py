@@ -107,8 +107,8 @@ def step(params: Params, config: RGLRUConfig, x_BD: jax.Array, state: RGLRUState
     return y_BD, RGLRUState(h_BN, window[:, 1:])
 
 
-def default_config(width: int, heads: int, init_scale: float = 1.0) -> RGLRUConfig:
-    """Recurrence as wide as the model."""
+def default_config(width: int, heads: int, init_scale: float = 1.0, context: int = 128) -> RGLRUConfig:
+    """Recurrence as wide as the model; `context` has no meaning here."""
     return RGLRUConfig(width=width, recurrence=width, heads=heads, init_scale=init_scale)
 
 
