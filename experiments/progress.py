@@ -29,7 +29,7 @@ class Progress:
         self._metrics = ""
         display.update(done, self.status())
 
-    def advance(self, n: int, **metrics_shown: float) -> None:
+    def advance(self, n: int, /, **metrics_shown: float) -> None:
         """Adds `n` finished units; the metrics are shown beside the count."""
         self._done += n
         self._metrics = "".join(f", {name} {value:.4g}" for name, value in metrics_shown.items())

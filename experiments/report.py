@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _KINDS = {b"\x89PNG\r\n\x1a\n": "image/png", b"GIF87a": "image/gif", b"GIF89a": "image/gif"}
 _VERDICTS = {True: ("yes", "✓ holds"), False: ("no", "✗ does not hold"), None: ("", "not decided")}
 
@@ -163,13 +165,15 @@ def _row(row: Sequence[Any], columns: Sequence[str]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None:
         return "<td>–</td>"
     if isinstance(value, bool):
         return f"<td>{'yes' if value else 'no'}</td>"
     if isinstance(value, int):
         return f'<td class="number">{value:,}</td>'
-    if isinstance(value, float):  # NumPy's float64 is one too
+    if isinstance(value, float):
         return f'<td class="number">{value:.3g}</td>'
     return f"<td>{_escape(str(value))}</td>"
 

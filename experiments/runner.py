@@ -141,12 +141,8 @@ def train_chunks[S](
             means = {name: value.mean(0) if value.ndim else value for name, value in metrics.items()}
             run.log(stage, step + units_per_chunk, means)
             if loss_key is not None:
-                if loss_key not in metrics:
-                    raise RunError(
-                        f"stage {stage}: no metric {loss_key!r} among {sorted(metrics)}: name the "
-                        "loss with loss_key, or give None"
-                    )
-                if (bad := _first_bad(metrics[loss_key], units_per_chunk)) is not None:
+                bad = _first_bad(_loss(metrics, loss_key, stage), units_per_chunk)
+                if bad is not None:
                     raise NonFiniteLoss(
                         f"stage {stage}: {loss_key} is not finite at step {step + bad:,}. "
                         f"{_last_good(saves, units_per_chunk)}"
@@ -284,6 +280,14 @@ def _nan_leaf(state: Any) -> str | None:
         if jnp.issubdtype(leaf.dtype, jnp.inexact) and np.isnan(np.asarray(leaf)).any():
             return jax.tree_util.keystr(path, simple=True, separator="/")
     return None
+
+
+def _loss(metrics: Mapping[str, np.ndarray], loss_key: str, stage: str) -> np.ndarray:
+    if loss_key not in metrics:
+        raise RunError(
+            f"stage {stage}: no metric {loss_key!r} among {sorted(metrics)}: name the loss with loss_key, or give None"
+        )
+    return metrics[loss_key]
 
 
 def _first_bad(loss: np.ndarray, units_per_chunk: int) -> int | None:

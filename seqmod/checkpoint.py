@@ -121,7 +121,9 @@ def restore(directory: str | Path, like: Any, config: Mapping[str, Any] | None =
             warnings.warn(f"checkpoint {path} is damaged ({damage}), passed over", stacklevel=2)
             continue
         return step, _load(path, record, like, config)
-    raise CheckpointError(f"restore: all {len(found)} checkpoints in {directory} are damaged")
+    raise CheckpointError(
+        f"restore: all {len(found)} checkpoints in {directory} are damaged: delete them to start again"
+    )
 
 
 def latest_step(directory: str | Path) -> int | None:

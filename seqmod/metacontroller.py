@@ -12,8 +12,9 @@ It reads the residual stream e_t of one layer and edits it by a low-rank linear 
 Training minimises, over expert sequences, sum_t -log p(a_t | o_1..t, z_1..t) + alpha KL(N(mu_t, sigma_t) || N(0, I)).
 
 Where the paper is silent: beta is a scalar, and beta_1 = 1 (there is no code to keep, and reinforcement learning must act
-at reset); the embedder is an RG-LRU stack whose output at the last step of the sequence is s (`summary`), or whose
-backward pass gives an s_t for every suffix (`suffix`); the stream is RMS-normalised before it is read, never before it is
+at reset); the embedder is a pair of RG-LRU stacks, one reading forward and one backward, whose outputs after the whole
+sequence make up one s for all steps (`summary`), or whose backward outputs give an s_t for every suffix (`suffix`); the
+stream is RMS-normalised before it is read, never before it is
 edited.
 """
 
@@ -83,7 +84,7 @@ def init(key: jax.Array, config: MetacontrollerConfig) -> Params:
     D, Z, H, S, R = config.width, config.latent, config.history, config.embedding, config.rank
     k_gru_x, k_gru_h = jax.random.split(k_gru)
     return {
-        "embedder": backbone.init(k_embed, config.embedder_config),
+        "embedder": jax.vmap(lambda key: backbone.init(key, config.embedder_config))(jax.random.split(k_embed)),
         "gru": {
             "input": scaled_normal(k_gru_x, (D, 3 * H), D, 1.0),
             "state": scaled_normal(k_gru_h, (H, 3 * H), H, 1.0),
@@ -148,13 +149,19 @@ def history(params: Params, config: MetacontrollerConfig, e_BLD: jax.Array) -> j
 def embed(params: Params, config: MetacontrollerConfig, e_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
     """s for every step, (B, L, n_s): the same for all steps (`summary`), or of the suffix from that step (`suffix`)."""
     x_BLD = _norm(e_BLD) * valid_BL[..., None]
-    network, shape = params["embedder"], config.embedder_config
+    # The backward reader starts at the last valid step: padding is moved to the end of the reversed sequence.
+    length_B1 = valid_BL.sum(1, keepdims=True)
+    order_BL = (length_B1 - 1 - jnp.arange(valid_BL.shape[1])[None]) % valid_BL.shape[1]
+    reversed_BLD = jnp.take_along_axis(x_BLD, order_BL[..., None], axis=1)
+
+    def read(network: Params, x_BLD: jax.Array) -> jax.Array:
+        return backbone.apply(network, config.embedder_config, x_BLD)[0]["summary"]
+
+    out_2BLS = jax.vmap(read)(params["embedder"], jnp.stack([x_BLD, reversed_BLD]))
     if config.embedder == "suffix":
-        out, _ = backbone.apply(network, shape, x_BLD[:, ::-1])
-        return out["summary"][:, ::-1]
-    out, _ = backbone.apply(network, shape, x_BLD)
-    last_B = jnp.maximum(valid_BL.sum(1) - 1, 0)
-    summary_BS = jnp.take_along_axis(out["summary"], last_B[:, None, None], axis=1)
+        return jnp.take_along_axis(out_2BLS[1], order_BL[..., None], axis=1)
+    last_B11 = jnp.maximum(length_B1 - 1, 0)[..., None]
+    summary_BS = jnp.take_along_axis(out_2BLS.sum(0), last_B11, axis=1)
     return jnp.broadcast_to(summary_BS, (*valid_BL.shape, config.embedding))
 
 

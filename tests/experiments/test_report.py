@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from experiments import plotting
 from experiments.report import Claim, Figure, Section, SideBySide, Table, Text, write_report
 
+ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "img"}
 
 
@@ -65,7 +67,11 @@ def test_a_report_says_what_was_found_and_needs_nothing_else(tmp_path):
                 "Learning",
                 [
                     Text("Some text."),
-                    Table(("name", "success", "n"), [("a", 0.12345, 1234), ("b", None, True)], "T"),
+                    Table(
+                        ("name", "success", "n"),
+                        [("a", 0.12345, 1234), ("b", None, True), ("c", np.float32(0.5), np.int32(7))],
+                        "T",
+                    ),
                     Figure(png, 'Success "rate".'),
                     SideBySide([Figure(gif, "Before"), Figure(gif, "After")]),
                 ],
@@ -77,7 +83,7 @@ def test_a_report_says_what_was_found_and_needs_nothing_else(tmp_path):
     for text in (
         ["Internal RL <tiny>", "First & second.", "Another paragraph.", "Some text."],
         ["solves the task", "0.81 > 0.5", "✓ holds", "✗ does not hold", "not decided"],
-        ["0.123", "1,234", "–", "yes", "T", "Before", "After"],
+        ["0.123", "1,234", "–", "yes", "0.5", "7", "T", "Before", "After"],
     ):
         assert set(text) <= set(page.text)
     assert [image["alt"] for image in page.images] == ['Success "rate".', "Before", "After"]
@@ -121,7 +127,8 @@ def test_a_band_shows_median_and_quartiles(tmp_path):
     assert ax.lines[0].get_color() == plotting.COLORS[0] != ax.lines[1].get_color()
     paths = [plotting.save(fig, tmp_path / name) for name in ("a.png", "b.png")]
     assert paths[0].read_bytes() == paths[1].read_bytes()
-    assert Image.open(paths[0]).size == (1350, 450)
+    with Image.open(paths[0]) as image:
+        assert image.size == (1350, 450)
     assert ax.get_legend() is not None
     assert axes[0, 1].get_legend() is None
 
@@ -138,4 +145,4 @@ def test_plotting_never_loads_pyplot(tmp_path):
         f"plotting.save(plotting.figure()[0], {str(tmp_path / 'x.png')!r}); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
