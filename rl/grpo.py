@@ -1,8 +1,8 @@
 """Group-relative policy optimisation: PPO's clipped objective with the batch itself as the baseline, no critic.
 
 One optimiser serves both kinds of reinforcement learning of the paper (arXiv 2512.20605, C.5): `internal.py` gives it
-sequences of abstract actions z, and `raw_update` here gives it the base model's own actions. A batch is a group: all its
-episodes have the same task, and every step of an episode has the episode's advantage.
+sequences of abstract actions z, and `raw_update` here gives it the base model's own actions. A batch is a group: all
+its episodes have the same task, and every step of an episode has the episode's advantage.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from seqmod.backbone import BackboneConfig
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """`batch` episodes per update (one group), `epochs` passes over them in `minibatches` parts, at most `horizon` steps."""
+    """`batch` episodes (one group) of at most `horizon` steps per update, `epochs` passes over it in `minibatches`."""
 
     batch: int = 512
     horizon: int = 100
@@ -33,6 +33,11 @@ class GRPOConfig:
     advantage_epsilon: float = 1e-3
 
     def __post_init__(self) -> None:
+        if min(self.batch, self.epochs, self.minibatches) < 1:
+            raise ValueError(
+                f"GRPOConfig: batch {self.batch}, epochs {self.epochs} and minibatches {self.minibatches} "
+                "must be positive"
+            )
         if self.batch % self.minibatches:
             raise ValueError(f"GRPOConfig: batch {self.batch} is not divisible by minibatches {self.minibatches}")
         if self.horizon < 1:
@@ -104,7 +109,7 @@ def improve(
         return carry, (zeros, zeros, zeros)
 
     has_signal = (batch.return_B != batch.return_B[0]).any()
-    carry, (value, kl, norm) = jax.lax.cond(has_signal, learn, skip, (state.params, state.opt_state))
+    (params, opt_state), (value, kl, norm) = jax.lax.cond(has_signal, learn, skip, (state.params, state.opt_state))
     metrics = {
         "success": batch.return_B.mean(),
         "loss": value.mean(),
@@ -112,7 +117,7 @@ def improve(
         "grad_norm": norm.mean(),
         "steps": batch.mask_BL.sum(1).mean(),
     }
-    return TrainState(*carry, state.step + 1, state.key), metrics
+    return TrainState(params, opt_state, state.step + 1, state.key), metrics
 
 
 def start(config: GRPOConfig, params: Any, key: jax.Array) -> TrainState:
@@ -120,7 +125,9 @@ def start(config: GRPOConfig, params: Any, key: jax.Array) -> TrainState:
     return TrainState(params, optimiser(config, 1.0).init(params), jnp.zeros((), jnp.int32), key)
 
 
-def raw_rollout(config: GRPOConfig, model: BackboneConfig, env: Any, env_params: Any, params: Any, key: jax.Array) -> Batch:
+def raw_rollout(
+    config: GRPOConfig, model: BackboneConfig, env: Any, env_params: Any, params: Any, key: jax.Array
+) -> Batch:
     """Episodes of the base model acting by its own action head, one token a step."""
 
     def policy(key: jax.Array, step: Step, memory: Any):

@@ -1,15 +1,17 @@
-"""Internal RL: reinforcement learning whose action is a code z held on a frozen model's residual stream (C.5, Alg. 1-3).
+"""Internal RL: reinforcement learning whose action is a code z held on a frozen model's residual stream.
 
 The environment, the frozen base model, the decoder and the switching unit together are an environment whose observation
 is the residual stream e_t at a switch and whose action is z. One abstract step holds z, applies its controller, samples
-raw actions from the base model and advances the environment until the gate opens (beta >= threshold) or the episode ends;
-rewards are summed. `abstract_rollout` runs many episodes in lockstep, one raw step at a time; the policy acts only in
-those whose gate has just opened, so nothing waits for anything. Only the policy learns (arXiv 2512.20605).
+raw actions from the base model and advances the environment until the gate opens (beta >= threshold) or the episode
+ends; rewards are summed. `internal_env.py` is that environment, written as the paper defines it (arXiv 2512.20605, C.5,
+Algorithms 1-3). `abstract_rollout` here is the fast form: it runs many episodes in lockstep, one raw step at a time,
+and the policy acts only in those whose gate has just opened, so nothing waits for anything. Only the policy learns.
 
 Where the paper is silent: the gate is open at reset; the policy's memory advances at switches only; episodes with more
 than `max_switches` switches hold their last code to the end.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,9 +55,10 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class Controlled:
-    """Static part of the controlled model: base and metacontroller shapes, the controlled `layer`, the gate's `threshold`.
+    """Static part of the controlled model: base and metacontroller shapes, the controlled `layer`, when z may change.
 
-    `gate` chooses when z may change: the switching unit (`learned`) or every step (`always`, forced switching).
+    The gate opens where the switching unit's beta reaches `threshold`, or at every step if `always_open` (the paper's
+    forced switching), at most `max_switches` times an episode.
     """
 
     model: BackboneConfig
@@ -69,8 +72,11 @@ class Controlled:
         self.model.check_layer(self.layer)
         if self.metacontroller.width != self.model.width:
             raise ValueError(
-                f"Controlled: metacontroller width is {self.metacontroller.width}, expected the model's {self.model.width}"
+                f"Controlled: metacontroller has width {self.metacontroller.width}, "
+                f"expected the model's {self.model.width}"
             )
+        if self.max_switches < 1:
+            raise ValueError(f"Controlled: max_switches is {self.max_switches}, expected at least 1")
 
 
 class Frozen(NamedTuple):
@@ -119,9 +125,16 @@ def abstract_rollout(
     frozen: Frozen,
     params: Params,
     key: jax.Array,
-) -> tuple[Batch, dict[str, jax.Array]]:
+    watch: Callable[[Any], Any] = lambda state: None,
+) -> tuple[Batch, dict[str, Any]]:
     """One group of episodes as abstract sequences: inputs e_BMD at switches, actions z_BMZ. Also returns raw-step
-    records: `open_BL` gate, `valid_BL`, for analysis."""
+    records for analysis: `open_BL` gate, `valid_BL`, and `watched`, whatever `watch` takes of the environment's state
+    before each step, each leaf (B, L, ...); and the `final_state`."""
+    expected = (controlled.model.width, controlled.metacontroller.latent)
+    if (policy.inputs, policy.latent) != expected:
+        raise ValueError(
+            f"abstract_rollout: policy has inputs and latent {(policy.inputs, policy.latent)}, expected {expected}"
+        )
     B, M, Z = config.batch, controlled.max_switches, policy.latent
     model, shape, layer = frozen.model, controlled.model, controlled.layer
 
@@ -161,7 +174,7 @@ def abstract_rollout(
             z_BMZ=write(memory.z_BMZ, proposal_BZ),
             log_prob_BM=write(memory.log_prob_BM, log_prob_B),
         )
-        return action_B, memory, open_B
+        return action_B, memory, (open_B, watch(step.state))
 
     memory = Memory(
         lower=backbone.init_state(shape, B, config.horizon, stop=layer),
@@ -177,7 +190,9 @@ def abstract_rollout(
     episodes, memory = rollout(key, env, env_params, act, memory, B, config.horizon)
     mask_BM = jnp.arange(M)[None] < memory.switches_B[:, None]
     batch = Batch(memory.e_BMD, memory.z_BMZ, memory.log_prob_BM, mask_BM, episodes.return_B)
-    return batch, {"open_BL": episodes.recorded.T, "valid_BL": episodes.valid_TB.T}
+    open_BL, watched = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), episodes.recorded)
+    raw = {"open_BL": open_BL, "valid_BL": episodes.valid_TB.T, "watched": watched, "final_state": episodes.final_state}
+    return batch, raw
 
 
 def internal_update(

@@ -9,7 +9,9 @@ def group_advantage(return_B: jax.Array, epsilon: float = 1e-3) -> jax.Array:
 
     Equal returns give exactly zero. Source: GRPO (Shao et al., arXiv 2402.03300); epsilon as in arXiv 2512.20605, C.5.
     """
-    return (return_B - return_B.mean()) / (return_B.std() + epsilon)
+    # Advantages ignore a shift; shifted by one of them, equal returns are zeros, whose mean has no rounding error.
+    shifted_B = return_B - return_B[0]
+    return (shifted_B - shifted_B.mean()) / (shifted_B.std() + epsilon)
 
 
 def clip_loss(

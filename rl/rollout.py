@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 class Episodes(NamedTuple):
     """`recorded` what the policy recorded, each leaf (T, B, ...), zeros after the longest episode; `valid_TB` steps
-    taken; `return_B` sum of rewards; `length_B` steps."""
+    taken; `return_B` sum of rewards; `length_B` steps; `final_state` of the environments where each episode ended."""
 
     recorded: Any
     valid_TB: jax.Array
     return_B: jax.Array
     length_B: jax.Array
+    final_state: Any
 
 
 class Step(NamedTuple):
@@ -76,5 +77,5 @@ def rollout(
         running_B = running_B & ~(terminated_B | truncated_B)
         return time + 1, obs_BF, after, running_B, memory, (buffers, valid_TB, return_B)
 
-    *_, memory, (buffers, valid_TB, return_B) = jax.lax.while_loop(goes_on, body, start)
-    return Episodes(buffers, valid_TB, return_B, valid_TB.sum(0)), memory
+    _, _, state, _, memory, (buffers, valid_TB, return_B) = jax.lax.while_loop(goes_on, body, start)
+    return Episodes(buffers, valid_TB, return_B, valid_TB.sum(0), state), memory

@@ -1,1 +1,30 @@
-"""Sequence models whose residual stream can be read and edited."""
+"""Sequence models whose residual stream can be read and edited.
+
+`backbone` is the model, `metacontroller` what discovers edits of it, `objectives` their losses; each is a module of
+pure functions over a config and parameters. `Backbone`, `Metacontroller` and the mixers are linen modules around them.
+"""
+
+from seqmod import backbone, metacontroller, objectives
+from seqmod.backbone import Backbone, BackboneConfig
+from seqmod.metacontroller import Metacontroller, MetacontrollerConfig
+from seqmod.mixers import MIXERS, RGLRU, Attention, AttentionConfig, Mixer, RGLRUConfig
+from seqmod.residual import Edit, Operator, low_rank_update
+
+__all__ = [
+    "MIXERS",
+    "RGLRU",
+    "Attention",
+    "AttentionConfig",
+    "Backbone",
+    "BackboneConfig",
+    "Edit",
+    "Metacontroller",
+    "MetacontrollerConfig",
+    "Mixer",
+    "Operator",
+    "RGLRUConfig",
+    "backbone",
+    "low_rank_update",
+    "metacontroller",
+    "objectives",
+]

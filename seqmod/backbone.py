@@ -3,7 +3,7 @@
     e_0 = W_in x,   e_l = e_{l-1} + mixer_l(norm(e_{l-1})),  then  + mlp_l(norm(.)),   outputs = W_h norm(e_last)
 
 `apply` runs it in parallel over a sequence, `step` one token at a time; both take edits and return taps. `lower` and
-`upper` are the model before and after a layer of the residual stream, in both forms: internal RL needs the halves apart.
+`upper` are the model before and after a layer of the residual stream, in both forms: internal RL needs both halves.
 Base models of the paper: arXiv 2512.20605, D.1.
 """
 
@@ -25,7 +25,7 @@ class BackboneConfig:
     """`inputs` F features in; `heads` output sizes by name; `mixers` one name per block.
 
     `attention_heads` heads for every mixer; `mlp` hidden width of the ReLU MLP; `context` the distance beyond which
-    earlier steps look alike to a relative position bias.
+    earlier steps look alike to a relative position bias. A config that a mixer cannot serve raises ValueError.
     """
 
     inputs: int
@@ -43,10 +43,15 @@ class BackboneConfig:
         for name in self.mixers:
             if name not in MIXERS:
                 raise ValueError(f"BackboneConfig: mixer {name!r} is unknown, expected one of {sorted(MIXERS)}")
-        if min(self.inputs, self.width, self.mlp) < 1:
+        if min(self.inputs, self.width, self.mlp, self.attention_heads) < 1:
             raise ValueError(
-                f"BackboneConfig: inputs {self.inputs}, width {self.width} and mlp {self.mlp} must be positive"
+                f"BackboneConfig: inputs {self.inputs}, width {self.width}, mlp {self.mlp} and "
+                f"attention_heads {self.attention_heads} must be positive"
             )
+        if len(dict(self.heads)) != len(self.heads):
+            raise ValueError(f"BackboneConfig: heads {self.heads} name a head twice")
+        for layer in range(self.layers):
+            self.mixer_config(layer)
 
     @property
     def layers(self) -> int:
@@ -63,29 +68,38 @@ class BackboneConfig:
             raise ValueError(f"layer is {layer}, expected 0 (the embedding) to {self.layers} (the last block)")
 
 
+def _check_edits(config: BackboneConfig, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    for edit in edits:
+        config.check_layer(edit.layer)
+    return tuple(edits)
+
+
+def _check_state(name: str, state: "State", blocks: int) -> None:
+    if len(state) != blocks:
+        raise ValueError(f"{name}: state has {len(state)} blocks, expected {blocks}")
+
+
 def init(key: jax.Array, config: BackboneConfig) -> Params:
     """Fresh parameters as a nested dict."""
     k_embed, k_heads, *k_blocks = jax.random.split(key, 2 + config.layers)
     D, scale = config.width, config.init_scale
-    blocks = []
+    blocks = {}
     for layer, k_block in enumerate(k_blocks):
         k_mixer, k_up, k_down = jax.random.split(k_block, 3)
-        blocks.append(
-            {
-                "mixer_norm": jnp.ones(D),
-                "mixer": MIXERS[config.mixers[layer]].init(k_mixer, config.mixer_config(layer)),
-                "mlp_norm": jnp.ones(D),
-                "mlp_up": scaled_normal(k_up, (D, config.mlp), D, scale),
-                "mlp_up_bias": jnp.zeros(config.mlp),
-                "mlp_down": scaled_normal(k_down, (config.mlp, D), config.mlp, scale),
-            }
-        )
-    heads = {
-        name: {"kernel": scaled_normal(jax.random.fold_in(k_heads, index), (D, size), D, scale), "bias": jnp.zeros(size)}
-        for index, (name, size) in enumerate(config.heads)
-    }
+        blocks[f"block_{layer}"] = {
+            "mixer_norm": jnp.ones(D),
+            "mixer": MIXERS[config.mixers[layer]].init(k_mixer, config.mixer_config(layer)),
+            "mlp_norm": jnp.ones(D),
+            "mlp_up": scaled_normal(k_up, (D, config.mlp), D, scale),
+            "mlp_up_bias": jnp.zeros(config.mlp),
+            "mlp_down": scaled_normal(k_down, (config.mlp, D), config.mlp, scale),
+        }
+    heads = {}
+    for index, (name, size) in enumerate(config.heads):
+        k_head = jax.random.fold_in(k_heads, index)
+        heads[name] = {"kernel": scaled_normal(k_head, (D, size), D, scale), "bias": jnp.zeros(size)}
     embed = {"kernel": scaled_normal(k_embed, (config.inputs, D), config.inputs, scale), "bias": jnp.zeros(D)}
-    return {"embed": embed, "blocks": blocks, "norm": jnp.ones(D), "heads": heads}
+    return {"embed": embed, **blocks, "norm": jnp.ones(D), "heads": heads}
 
 
 def _affine(params: Params, x: jax.Array) -> jax.Array:
@@ -103,14 +117,14 @@ def _read_out(params: Params, e: jax.Array) -> dict[str, jax.Array]:
 
 
 def _block(params: Params, config: BackboneConfig, layer: int, e_BLD, segment_ids) -> jax.Array:
-    block, mixer = params["blocks"][layer], MIXERS[config.mixers[layer]]
+    block, mixer = params[f"block_{layer}"], MIXERS[config.mixers[layer]]
     normed = rms_norm(block["mixer_norm"], e_BLD)
     e_BLD = e_BLD + mixer.apply(block["mixer"], config.mixer_config(layer), normed, segment_ids)
     return e_BLD + _mlp(block, e_BLD)
 
 
 def _block_step(params: Params, config: BackboneConfig, layer: int, e_BD, state) -> tuple[jax.Array, Any]:
-    block, mixer = params["blocks"][layer], MIXERS[config.mixers[layer]]
+    block, mixer = params[f"block_{layer}"], MIXERS[config.mixers[layer]]
     normed = rms_norm(block["mixer_norm"], e_BD)
     y_BD, state = mixer.step(block["mixer"], config.mixer_config(layer), normed, state)
     e_BD = e_BD + y_BD
@@ -127,9 +141,7 @@ def apply(
 ) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...]]:
     """Outputs by head name, each (B, L, size), and taps: the residual stream (B, L, D) after each layer 0..layers,
     after that layer's edits. Taps that are not used cost nothing under jit."""
-    edits = tuple(edits)
-    for edit in edits:
-        config.check_layer(edit.layer)
+    edits = _check_edits(config, edits)
     e_BLD = apply_edits(edits, 0, _affine(params["embed"], x_BLF))
     taps = [e_BLD]
     for layer in range(config.layers):
@@ -162,11 +174,11 @@ def upper(
 State = tuple[Any, ...]
 
 
-def init_state(
-    config: BackboneConfig, batch: int, length: int, *, start: int = 0, stop: int | None = None
-) -> State:
-    """States of blocks start..stop for the step form, for sequences of at most `length` steps."""
+def init_state(config: BackboneConfig, batch: int, length: int, *, start: int = 0, stop: int | None = None) -> State:
+    """States of the blocks between layers start and stop for the step form, for sequences of at most `length` steps."""
     stop = config.layers if stop is None else stop
+    config.check_layer(start)
+    config.check_layer(stop)
     return tuple(
         MIXERS[config.mixers[layer]].init_state(config.mixer_config(layer), batch, length)
         for layer in range(start, stop)
@@ -176,8 +188,9 @@ def init_state(
 def step(
     params: Params, config: BackboneConfig, x_BF: jax.Array, state: State, *, edits: Sequence[Edit] = ()
 ) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...], State]:
-    """One token through the whole model: (outputs, taps, state). Operands of edits have no L axis here."""
-    edits = tuple(edits)
+    """One token through the whole model: (outputs, taps, state). Operands and masks of edits have no L axis here."""
+    edits = _check_edits(config, edits)
+    _check_state("step", state, config.layers)
     e_BD = apply_edits(edits, 0, _affine(params["embed"], x_BF))
     taps, states = [e_BD], []
     for layer in range(config.layers):
@@ -192,6 +205,8 @@ def lower_step(
     params: Params, config: BackboneConfig, x_BF: jax.Array, state: State, layer: int
 ) -> tuple[jax.Array, State]:
     """`lower` for one token; `state` from `init_state(..., stop=layer)`."""
+    config.check_layer(layer)
+    _check_state("lower_step", state, layer)
     e_BD, states = _affine(params["embed"], x_BF), []
     for block in range(layer):
         e_BD, block_state = _block_step(params, config, block, e_BD, state[block])
@@ -203,6 +218,8 @@ def upper_step(
     params: Params, config: BackboneConfig, e_BD: jax.Array, state: State, layer: int
 ) -> tuple[dict[str, jax.Array], State]:
     """`upper` for one token; `state` from `init_state(..., start=layer)`."""
+    config.check_layer(layer)
+    _check_state("upper_step", state, config.layers - layer)
     states = []
     for block in range(layer, config.layers):
         e_BD, block_state = _block_step(params, config, block, e_BD, state[block - layer])

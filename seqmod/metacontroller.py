@@ -1,4 +1,4 @@
-"""The metacontroller: discovers temporally abstract actions in a frozen model's residual stream (arXiv 2512.20605, D.2).
+"""The metacontroller: finds temporally abstract actions in a frozen model's residual stream (arXiv 2512.20605, D.2).
 
 It reads the residual stream e_t of one layer and edits it by a low-rank linear map that a latent code z_t generates:
 
@@ -11,15 +11,14 @@ It reads the residual stream e_t of one layer and edits it by a low-rank linear 
 
 Training minimises, over expert sequences, sum_t -log p(a_t | o_1..t, z_1..t) + alpha KL(N(mu_t, sigma_t) || N(0, I)).
 
-Where the paper is silent: beta is a scalar, and beta_1 = 1 (there is no code to keep, and reinforcement learning must act
-at reset); the embedder is a pair of RG-LRU stacks, one reading forward and one backward, whose outputs after the whole
-sequence make up one s for all steps (`summary`), or whose backward outputs give an s_t for every suffix (`suffix`); the
-stream is RMS-normalised before it is read, never before it is
-edited.
+Where the paper is silent: beta is a scalar, and beta_1 = 1 (there is no code to keep, and reinforcement learning must
+act at reset); the embedder is a pair of RG-LRU stacks, one reading forward and one backward, whose outputs after the
+whole sequence make up one s for all steps (`summary`), or whose backward outputs give an s_t for every suffix
+(`suffix`); the stream is RMS-normalised before it is read, never before it is edited; log sigma is clipped to [-5, 2].
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -29,6 +28,7 @@ from seqmod import backbone
 from seqmod.mixers.base import Params, rms_norm, scaled_normal
 from seqmod.residual import low_rank_update
 
+Embedder = Literal["summary", "suffix"]
 Gate = Literal["sigmoid", "gumbel", "straight_through"]
 
 
@@ -48,13 +48,27 @@ class MetacontrollerConfig:
     switch_hidden: int = 64
     decoder_hidden: int = 32
     rank: int = 16
-    embedder: Literal["summary", "suffix"] = "summary"
+    embedder: Embedder = "summary"
     embedder_layers: int = 1
     embedder_width: int = 64
     gate: Gate = "sigmoid"
     gate_temperature: float = 1.0
     gate_bias: float = 0.0
     initial_log_sigma: float = -1.0
+
+    def __post_init__(self) -> None:
+        sizes = (self.width, self.latent, self.history, self.embedding, self.rank, self.embedder_layers)
+        hidden = (self.encoder_hidden, self.switch_hidden, self.decoder_hidden, self.embedder_width)
+        if min(*sizes, *hidden) < 1:
+            raise ValueError(f"MetacontrollerConfig: sizes must be positive, got {self}")
+        if self.embedder not in get_args(Embedder):
+            raise ValueError(
+                f"MetacontrollerConfig: embedder is {self.embedder!r}, expected one of {get_args(Embedder)}"
+            )
+        if self.gate not in get_args(Gate):
+            raise ValueError(f"MetacontrollerConfig: gate is {self.gate!r}, expected one of {get_args(Gate)}")
+        if self.gate_temperature <= 0:
+            raise ValueError(f"MetacontrollerConfig: gate_temperature is {self.gate_temperature}, expected > 0")
 
     @property
     def embedder_config(self) -> backbone.BackboneConfig:
@@ -216,6 +230,7 @@ def unroll(
     *,
     forced_beta: float | None = None,
     deterministic: bool = False,
+    gate_noise: bool = True,
     binary: bool = False,
 ) -> Unrolled:
     """Run over expert sequences, future included.
@@ -223,8 +238,10 @@ def unroll(
     Args:
         e_BLD: residual stream of the frozen model at the controlled layer.
         valid_BL: steps that belong to the sequence (a prefix).
-        forced_beta: a constant gate instead of the switching unit's (1.0 is the paper's forced-switching baseline).
-        deterministic: the proposals' means and a noiseless gate.
+        forced_beta: a constant gate instead of the switching unit's from step 2 on (1.0 is the paper's
+            forced-switching baseline).
+        deterministic: the proposals' means instead of samples.
+        gate_noise: whether gates that are sampled in training are sampled here; reinforcement learning does not.
         binary: threshold the gate at one half, as in reinforcement learning.
     """
     k_z, k_gate = jax.random.split(key)
@@ -239,7 +256,7 @@ def unroll(
     noise_BLZ = jax.random.normal(k_z, mu_BLZ.shape)
     proposal_BLZ = mu_BLZ if deterministic else mu_BLZ + jnp.exp(log_sigma_BLZ) * noise_BLZ
     static_BLX = _switch_static(params["switch"], e_BLD, h_BLH)
-    logistic_BL = jnp.zeros((B, L)) if deterministic else jax.random.logistic(k_gate, (B, L))
+    logistic_BL = jax.random.logistic(k_gate, (B, L)) if gate_noise else jnp.zeros((B, L))
     first_BL = jnp.broadcast_to(jnp.arange(L)[None] == 0, (B, L))
 
     def step(z_BZ, inputs):

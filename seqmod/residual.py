@@ -2,14 +2,14 @@
 
 An edit acts on the stream after block `layer` (0 is the embedding). The operators:
 
-- ``replace``      e <- operand (B, L, D)
-- ``add``          e <- e + operand (B, L, D)
+- ``replace``      e <- operand (B, L, D) or, for all steps, (D,)
+- ``add``          e <- e + operand (B, L, D) or (D,)
 - ``low_rank``     e <- e + B (A e): operand (A, B) of shapes (B, L, R, D) and (B, L, D, R), or without the first axes
-- ``project_out``  e <- e - (e . v) v / (v . v): operand v (D,)
+- ``project_out``  e <- e - (e . v) v / (v . v): operand v (D,), not zero
 - ``reverse_gradient``  identity forward; the gradient going back is multiplied by -operand (scalar)
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def _operate(operator: Operator, operand: Any, e: jax.Array) -> jax.Array:
         case "replace":
             return jnp.broadcast_to(operand, e.shape).astype(e.dtype)
         case "add":
-            return e + operand
+            return e + jnp.broadcast_to(operand, e.shape)
         case "low_rank":
             return low_rank_update(e, *operand)
         case "project_out":
@@ -68,4 +68,4 @@ def _operate(operator: Operator, operand: Any, e: jax.Array) -> jax.Array:
             return e - jnp.einsum("...D,D->...", e, unit)[..., None] * unit.reshape((1,) * (e.ndim - 1) + (-1,))
         case "reverse_gradient":
             return reverse_gradient(e, jnp.asarray(operand, e.dtype))
-    raise ValueError(f"Edit: operator is {operator!r}, expected one of {Operator.__args__}")
+    raise ValueError(f"Edit: operator is {operator!r}, expected one of {get_args(Operator)}")

@@ -1,7 +1,9 @@
 """Settings that every test runs under; the environment is set before JAX is first imported."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache"
@@ -16,6 +18,8 @@ os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(CACHE / "hypothesis"))
 
 import hypothesis
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 # Brax breaks the first of these: code that runs it wraps it in `jax.numpy_rank_promotion("allow")`.
@@ -35,3 +39,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             skip = pytest.mark.skip(reason=f"needs a {platform.upper()}")
             for item in marked:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[..., Any]:
+    """`random_params(init, *args)` has the shapes of `init(key, *args)` and noise everywhere: a bias that starts at
+    zero or a gain that starts at one would hide that it is used wrongly. It also spares the compilation of `init`."""
+
+    def draw(init: Callable[..., Any], *args: Any, seed: int = 0, scale: float = 0.4) -> Any:
+        shapes = jax.eval_shape(lambda: init(jax.random.key(0), *args))
+        rng = np.random.default_rng(seed)
+        return jax.tree.map(lambda x: jnp.asarray(scale * rng.standard_normal(x.shape), x.dtype), shapes)
+
+    return draw

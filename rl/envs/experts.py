@@ -1,7 +1,8 @@
 """The exact shortest-path expert of gridworld-pinpad and demonstrations made by it on device (paper C.1.1).
 
 The expert walks a shortest path to the next colour of its task; other colours and walls are obstacles; it is uniform
-over all optimal actions. With probability eps it takes a random action that does not end the episode instead.
+over all optimal actions. With probability eps it takes a random action that does not end the episode instead. A path to
+the next colour always ends on that colour's cell, so shortest paths one by one are a shortest path for the whole task.
 Distances come from dynamic programming (value iteration to its fixed point), one field per colour.
 """
 
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rl.envs.gridworld_pinpad import EnvParams, EnvState, GridworldPinpad
+from rl.envs.gridworld_pinpad import EnvParams, EnvState, GridworldPinpad, task_length
 
 UNREACHABLE = 1 << 20
 
@@ -59,16 +60,12 @@ def action_probabilities(
     env: GridworldPinpad, state: EnvState, distance_ON: jax.Array, epsilon: float | jax.Array
 ) -> jax.Array:
     """The expert's distribution (4,) over actions in a state, given `colour_distances` of its layout."""
-    landing_A = env.landing_cells(state.agent, state.objects_J)
-    colour_A = jax.vmap(env.colour_at, in_axes=(0, None))(landing_A, state.objects_J)
-    target = state.task_K[jnp.minimum(state.progress, state.task_K.shape[0] - 1)]
-    visits_A = (landing_A != state.agent) & (colour_A >= 0)
-    wrong_A = visits_A & (colour_A != target)
-    last = state.progress + 1 == (state.task_K >= 0).sum()
-    ends_A = wrong_A | (visits_A & (colour_A == target) & last)
-    cost_A = jnp.where(wrong_A, UNREACHABLE, distance_ON[target][landing_A])
+    target = _target(state)
+    landing_A, colour_A = _landings(env, state.agent, state.objects_J)
+    last = state.progress + 1 == task_length(state.task_K)
+    safe_A = (colour_A < 0) | ((colour_A == target) & ~last)
+    cost_A = _costs(landing_A, colour_A, state.agent, target, distance_ON)
     optimal_A = (cost_A == cost_A.min()) & (cost_A < UNREACHABLE)
-    safe_A = ~ends_A
 
     def uniform(chosen_A: jax.Array) -> jax.Array:
         return chosen_A / jnp.maximum(chosen_A.sum(), 1)
@@ -80,36 +77,52 @@ def action_probabilities(
     return jnp.where(mixed_A.sum() > 0, mixed_A, 0.25)
 
 
+def steps_to_finish(env: GridworldPinpad, state: EnvState, distance_ON: jax.Array) -> jax.Array:
+    """Fewest steps that finish the task from a state, given `colour_distances`; UNREACHABLE or more where none do."""
+    K = state.task_K.shape[0]
+    index_K = jnp.arange(K)
+    # Every leg but the current one starts on the colour before it.
+    start_K = jnp.where(index_K == state.progress, state.agent, state.objects_J[jnp.roll(state.task_K, 1)])
+
+    def leg(start: jax.Array, target: jax.Array) -> jax.Array:
+        return 1 + _costs(*_landings(env, start, state.objects_J), start, target, distance_ON).min()
+
+    ahead_K = (index_K >= state.progress) & (state.task_K >= 0)
+    return jnp.where(ahead_K, jax.vmap(leg)(start_K, state.task_K), 0).sum()
+
+
 def demonstrations(
     key: jax.Array, env: GridworldPinpad, params: EnvParams, batch: int, length: int, epsilon: float | jax.Array = 0.0
 ) -> Demonstrations:
     """`batch` expert episodes in fresh layouts, the first `length` steps of each.
 
     Only successful episodes are kept (`valid_BL` is false throughout for the others): an episode still under way after
-    `length` steps is kept while its current colour can be reached and the horizon is longer than `length`.
+    `length` steps is kept while a shortest path for the rest of its task ends within the horizon, which with eps = 0 is
+    the same. Raises ValueError where batch or length is not positive.
     """
+    if batch < 1 or length < 1:
+        raise ValueError(f"demonstrations: batch is {batch} and length {length}, expected at least 1")
 
     def episode(key: jax.Array):
         k_reset, k_steps = jax.random.split(key)
         _, state = env.reset_env(k_reset, params)
         distance_ON = colour_distances(env, state.objects_J)
 
-        def step(carry, key):
-            state, running, solvable = carry
+        def step(carry, index):
+            state, running = carry
+            k_action, k_env = jax.random.split(jax.random.fold_in(k_steps, index))
             probability_A = action_probabilities(env, state, distance_ON, epsilon)
-            action = jax.random.categorical(key, jnp.log(probability_A))
-            target = state.task_K[jnp.minimum(state.progress, state.task_K.shape[0] - 1)]
-            solvable = solvable & (~running | (distance_ON[target, state.agent] < UNREACHABLE))
-            _, after, reward, terminated, _ = env.step_env(key, state, action, params)
+            action = jax.random.categorical(k_action, jnp.log(probability_A))
+            _, after, reward, terminated, _ = env.step_env(k_env, state, action, params)
             after = jax.tree.map(lambda new, old: jnp.where(running, new, old), after, state)
-            ends = terminated | (after.time >= params.max_steps_in_episode)
-            out = (state.agent, after.agent, action, target, state.progress, running, running & (reward > 0))
-            return (after, running & ~ends, solvable), out
+            ends = terminated | env.is_truncated(after, params)
+            out = (state.agent, after.agent, action, _target(state), state.progress, running, running & (reward > 0))
+            return (after, running & ~ends), out
 
-        start = (state, jnp.array(True), jnp.array(True))
-        (_, running, solvable), trace = jax.lax.scan(step, start, jax.random.split(k_steps, length))
+        (state, running), trace = jax.lax.scan(step, (state, jnp.array(True)), jnp.arange(length))
         *steps, running_L, success_L = trace
-        keep = success_L.any() | (running & solvable)
+        in_time = state.time + steps_to_finish(env, state, distance_ON) <= params.max_steps_in_episode
+        keep = success_L.any() | (running & in_time)
         return state.objects_J, steps, running_L & keep
 
     objects_BJ, (agent_BL, after_BL, action_BL, target_BL, progress_BL), valid_BL = jax.vmap(episode)(
@@ -125,3 +138,24 @@ def demonstrations(
         progress_BL=progress_BL,
         valid_BL=valid_BL,
     )
+
+
+def _target(state: EnvState) -> jax.Array:
+    """The colour being pursued; once the task is finished, whatever its last entry is."""
+    return state.task_K[jnp.minimum(state.progress, state.task_K.shape[0] - 1)]
+
+
+def _landings(env: GridworldPinpad, agent: jax.Array, objects_J: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cell (4,) after each action from a cell, and the colour (4,) that the move visits, -1 for none."""
+    landing_A = env.landing_cells(agent, objects_J)
+    colour_A = jax.vmap(env.colour_at, in_axes=(0, None))(landing_A, objects_J)
+    return landing_A, jnp.where(landing_A != agent, colour_A, -1)
+
+
+def _costs(
+    landing_A: jax.Array, colour_A: jax.Array, agent: jax.Array, target: jax.Array, distance_ON: jax.Array
+) -> jax.Array:
+    """Steps (4,) from each landing cell to the target; UNREACHABLE for visits to other colours and for not moving,
+    which is never of use but would cost nothing to an agent that stands on the colour it must visit again."""
+    useless_A = (landing_A == agent) | ((colour_A >= 0) & (colour_A != target))
+    return jnp.where(useless_A, UNREACHABLE, distance_ON[target, landing_A])

@@ -12,10 +12,14 @@ Observation codings, both one-hot throughout, so that an observation is a tuple 
   one-hot column offset from the agent, 2G - 1 values each, then the agent's row and column, G values each.
 
 Decisions where the paper is silent: cells are numbered row by row; actions are up, down, left, right; the agent starts
-on an empty cell; stepping onto the colour visited last counts as a wrong colour unless the task asks for it again.
+on an empty cell; stepping onto the colour visited last counts as a wrong colour unless the task asks for it again; an
+episode that terminates on its last step before the horizon is truncated too. A step from a state that has ended already
+means nothing: reset first.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import jax
@@ -30,9 +34,10 @@ _MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1))
 
 @struct.dataclass
 class EnvState(environment.EnvState):
-    """`time` steps so far; `agent` cell; `objects_J` cells of the O colours, then of the W walls; `task_K`; `progress`."""
+    """`time` steps so far; `agent` cell; `objects_J` cells of the O colours, then of the W walls; `task_K` colours
+    padded with -1; `progress` colours visited so far. All int32."""
 
-    time: jax.Array
+    time: jax.Array  # pyright: ignore[reportIncompatibleVariableOverride]  # gymnax says int but traces it too
     agent: jax.Array
     objects_J: jax.Array
     task_K: jax.Array
@@ -41,10 +46,10 @@ class EnvState(environment.EnvState):
 
 @struct.dataclass
 class EnvParams(environment.EnvParams):
-    """Traced: `tasks_NK` colours padded with -1, drawn uniformly at reset; `max_steps_in_episode` the horizon."""
+    """Traced: `tasks_NK` colours padded with -1, a row drawn uniformly at reset; `max_steps_in_episode` the horizon."""
 
     tasks_NK: jax.Array = struct.field(default_factory=lambda: jnp.zeros((1, 1), jnp.int32))
-    max_steps_in_episode: int | jax.Array = 100
+    max_steps_in_episode: int | jax.Array = 100  # pyright: ignore[reportIncompatibleVariableOverride]  # traced
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,10 @@ class GridworldPinpad(environment.Environment[EnvState, EnvParams]):
         """A single task that visits the colours in order."""
         return self.make_params([tuple(range(self.colours))])
 
-    def make_params(self, tasks: list[tuple[int, ...]], horizon: int = 100) -> EnvParams:
+    def make_params(self, tasks: Sequence[Sequence[int]], horizon: int = 100) -> EnvParams:
         """Parameters for a list of tasks (colours in order). Raises ValueError for an impossible task."""
         if not tasks or any(len(task) == 0 for task in tasks):
-            raise ValueError(f"GridworldPinpad: tasks is {tasks}, expected non-empty tasks")
+            raise ValueError(f"GridworldPinpad: tasks is {tasks}, expected at least one, none of them empty")
         if horizon < 1:
             raise ValueError(f"GridworldPinpad: horizon is {horizon}, expected at least 1")
         for task in tasks:
@@ -138,7 +143,7 @@ class GridworldPinpad(environment.Environment[EnvState, EnvParams]):
         progress = state.progress + correct.astype(jnp.int32)
         success = correct & (progress == task_length(state.task_K))
         terminated = (visited & ~correct) | success
-        state = state.replace(time=state.time + 1, agent=landing, progress=progress)
+        state = replace(state, time=state.time + 1, agent=landing, progress=progress)
         info = {"success": success, "visited": jnp.where(visited, colour, -1), "discount": 1.0 - terminated}
         return self.encode(landing, state.objects_J), state, success.astype(jnp.float32), terminated, info
 
@@ -153,6 +158,17 @@ class GridworldPinpad(environment.Environment[EnvState, EnvParams]):
         relative = jax.nn.one_hot(offsets + self.size - 1, 2 * self.size - 1, dtype=jnp.float32)
         own = jax.nn.one_hot(jnp.stack([row, column]), self.size, dtype=jnp.float32)
         return jnp.concatenate([relative.reshape(-1), own.reshape(-1)])
+
+    def decode(self, obs_F: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Agent cell and object cells of an observation: the inverse of `encode`."""
+        if self.coding == "absolute":
+            cells = obs_F.reshape(-1, self.size**2).argmax(-1).astype(jnp.int32)
+            return cells[-1], jnp.concatenate([cells[self.walls : -1], cells[: self.walls]])
+        relative, own = obs_F[: -2 * self.size], obs_F[-2 * self.size :]
+        own = own.reshape(2, self.size).argmax(-1).astype(jnp.int32)
+        offsets = relative.reshape(-1, 2, 2 * self.size - 1).argmax(-1).astype(jnp.int32) - (self.size - 1)
+        at = own[None] + offsets
+        return own[0] * self.size + own[1], at[:, 0] * self.size + at[:, 1]
 
     def landing_cells(self, agent: jax.Array, objects_J: jax.Array) -> jax.Array:
         """Cell (4,) the agent would stand on after each action."""
@@ -174,13 +190,15 @@ def task_length(task_K: jax.Array) -> jax.Array:
     return (task_K >= 0).sum()
 
 
-def subgoal_transitions(task: tuple[int, ...]) -> set[tuple[int, int]]:
+def subgoal_transitions(task: Sequence[int]) -> set[tuple[int, int]]:
     """Pairs of colours that follow each other in a task."""
-    return set(zip(task[:-1], task[1:], strict=True))
+    return set(pairwise(task))
 
 
-def tasks_without(colours: int, length: int, withheld: set[tuple[int, int]]) -> list[tuple[int, ...]]:
+def tasks_without(colours: int, length: int, withheld: Collection[tuple[int, int]]) -> list[tuple[int, ...]]:
     """All tasks of a length, no colour twice in a row, that contain none of the withheld transitions."""
+    if length < 1:
+        raise ValueError(f"tasks_without: length is {length}, expected at least 1")
     tasks: list[tuple[int, ...]] = [(colour,) for colour in range(colours)]
     for _ in range(length - 1):
         tasks = [
@@ -199,13 +217,11 @@ def parse_task(text: str) -> tuple[int, ...]:
     return tuple(int(digit) for digit in text)
 
 
-PAPER_PRETRAINING = tuple(
-    parse_task(task)
-    for task in (
-        "014501 014523 016723 230145 236723 236745 450145 450167 "
-        "452367 672301 672367 674501 016745 230167 452301 674523"
-    ).split()
-)
+_TABLE_A1 = """
+014501 014523 016723 230145 236723 236745 450145 450167
+452367 672301 672367 674501 016745 230167 452301 674523
+"""
+PAPER_PRETRAINING = tuple(map(parse_task, _TABLE_A1.split()))
 """Table A1: the sixteen pretraining tasks of the paper's grid world."""
 
 PAPER_POST_TRAINING = parse_task("012345670123")

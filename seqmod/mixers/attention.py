@@ -28,10 +28,15 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         if min(self.width, self.heads, self.head_dim) < 1 or self.buckets < 2:
             raise ValueError(f"AttentionConfig: sizes must be positive and buckets at least 2, got {self}")
+        if self.max_distance <= self.buckets // 2:
+            raise ValueError(
+                f"AttentionConfig: max_distance is {self.max_distance}, expected more than {self.buckets // 2}: "
+                f"of {self.buckets} buckets, half hold one distance each"
+            )
 
 
 class AttentionState(NamedTuple):
-    """Keys and values so far (B, M, H, K), and the number of steps taken."""
+    """Keys and values of the last M steps (B, M, H, K), step t in slot t mod M, and the number of steps taken."""
 
     k_BMHK: jax.Array
     v_BMHK: jax.Array
@@ -64,9 +69,7 @@ def _attend(config: AttentionConfig, q_BQHK, k_BMHK, v_BMHK, bias_QMH, visible_B
     return jnp.einsum("BHQM,BMHK->BQHK", jax.nn.softmax(scores_BHQM, axis=-1), v_BMHK)
 
 
-def apply(
-    params: Params, config: AttentionConfig, x_BLD: jax.Array, segment_ids: jax.Array | None = None
-) -> jax.Array:
+def apply(params: Params, config: AttentionConfig, x_BLD: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """Parallel form, (B, L, D) to (B, L, D); a step sees itself and earlier steps of its own segment."""
     L = x_BLD.shape[1]
     qkv = jnp.einsum("BLD,DGHK->GBLHK", x_BLD, params["qkv"])
@@ -80,7 +83,7 @@ def apply(
 
 
 def init_state(config: AttentionConfig, batch: int, length: int) -> AttentionState:
-    """Empty cache for sequences of at most `length` steps."""
+    """Empty cache of `length` steps; of a longer sequence, `step` sees only the last `length` steps."""
     empty = jnp.zeros((batch, length, config.heads, config.head_dim))
     return AttentionState(empty, empty, jnp.zeros((), jnp.int32))
 
@@ -88,14 +91,16 @@ def init_state(config: AttentionConfig, batch: int, length: int) -> AttentionSta
 def step(
     params: Params, config: AttentionConfig, x_BD: jax.Array, state: AttentionState
 ) -> tuple[jax.Array, AttentionState]:
-    """One step, (B, D) to (B, D); steps past the cache's length overwrite its last entry, so size it for the episode."""
+    """One step, (B, D) to (B, D)."""
     qkv = jnp.einsum("BD,DGHK->GBHK", x_BD, params["qkv"])
     M = state.k_BMHK.shape[1]
-    k_BMHK = jax.lax.dynamic_update_slice_in_dim(state.k_BMHK, qkv[1][:, None], state.time, axis=1)
-    v_BMHK = jax.lax.dynamic_update_slice_in_dim(state.v_BMHK, qkv[2][:, None], state.time, axis=1)
-    distance_1M = (state.time - jnp.arange(M))[None]
-    bias_1MH = params["bias"][bucket(jnp.maximum(distance_1M, 0), config.buckets, config.max_distance)]
-    y_B1HK = _attend(config, qkv[0][:, None], k_BMHK, v_BMHK, bias_1MH, (distance_1M >= 0)[None])
+    slot = state.time % M
+    k_BMHK = jax.lax.dynamic_update_slice_in_dim(state.k_BMHK, qkv[1][:, None], slot, axis=1)
+    v_BMHK = jax.lax.dynamic_update_slice_in_dim(state.v_BMHK, qkv[2][:, None], slot, axis=1)
+    # The age of what each slot holds; a slot older than the sequence is still empty.
+    distance_1M = ((state.time - jnp.arange(M)) % M)[None]
+    bias_1MH = params["bias"][bucket(distance_1M, config.buckets, config.max_distance)]
+    y_B1HK = _attend(config, qkv[0][:, None], k_BMHK, v_BMHK, bias_1MH, (distance_1M <= state.time)[None])
     y_BD = jnp.einsum("BHK,HKD->BD", y_B1HK[:, 0], params["out"])
     return y_BD, AttentionState(k_BMHK, v_BMHK, state.time + 1)
 
@@ -104,7 +109,9 @@ def default_config(width: int, heads: int, init_scale: float = 1.0, context: int
     """Heads that share the width; `context` is the largest distance told apart."""
     if width % heads:
         raise ValueError(f"attention: width {width} is not divisible by heads {heads}")
-    return AttentionConfig(width=width, heads=heads, head_dim=width // heads, max_distance=context, init_scale=init_scale)
+    return AttentionConfig(
+        width=width, heads=heads, head_dim=width // heads, max_distance=context, init_scale=init_scale
+    )
 
 
 class Attention(nn.Module):

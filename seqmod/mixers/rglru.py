@@ -33,6 +33,8 @@ class RGLRUConfig:
     init_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        if min(self.width, self.recurrence, self.heads, self.kernel) < 1:
+            raise ValueError(f"RGLRUConfig: sizes must be positive, got {self}")
         if self.recurrence % self.heads:
             raise ValueError(f"RGLRUConfig: recurrence {self.recurrence} is not divisible by heads {self.heads}")
 
@@ -69,8 +71,9 @@ def _recurrence_inputs(params: Params, config: RGLRUConfig, u: jax.Array) -> tup
     reset, pass_in = jax.nn.sigmoid(gates + bias)
     rate = _SHARPNESS * jax.nn.softplus(params["decay"])
     log_a = -rate.reshape((1,) * (u.ndim - 1) + (-1,)) * reset
-    # 1 - a^2 through expm1: exact for slow decays, and its square root has a finite gradient since log_a < 0.
-    return jnp.exp(log_a), jnp.sqrt(-jnp.expm1(2 * log_a)) * pass_in * u
+    # 1 - a^2 through expm1 is exact for slow decays; the floor keeps the gradient finite where the gate has saturated.
+    fresh = jnp.maximum(-jnp.expm1(2 * log_a), 1e-12)
+    return jnp.exp(log_a), jnp.sqrt(fresh) * pass_in * u
 
 
 def apply(params: Params, config: RGLRUConfig, x_BLD: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -81,9 +84,10 @@ def apply(params: Params, config: RGLRUConfig, x_BLD: jax.Array, segment_ids: ja
     conv_BLN = params["conv_bias"][None, None]
     for lag in range(W):
         tap_BLN = padded[:, W - 1 - lag : W - 1 - lag + L]
-        if segment_ids is not None and lag:
-            same = segment_ids[:, lag:] == segment_ids[:, :-lag]
-            tap_BLN = tap_BLN * jnp.pad(same, ((0, 0), (lag, 0)))[..., None]
+        if segment_ids is not None:
+            # Steps before the first see the zeros of the padding, whatever their id.
+            delayed_BL = jnp.pad(segment_ids, ((0, 0), (lag, 0)))[:, :L]
+            tap_BLN = tap_BLN * (segment_ids == delayed_BL)[..., None]
         conv_BLN = conv_BLN + tap_BLN * params["conv"][W - 1 - lag][None, None]
     a_BLN, scaled_BLN = _recurrence_inputs(params, config, conv_BLN)
     h_BLN, _ = linear_recurrence(a_BLN, scaled_BLN, segment_ids=segment_ids)
@@ -92,9 +96,7 @@ def apply(params: Params, config: RGLRUConfig, x_BLD: jax.Array, segment_ids: ja
 
 def init_state(config: RGLRUConfig, batch: int, length: int) -> RGLRUState:
     """Zero state; `length` is not needed, since the state has a fixed size."""
-    return RGLRUState(
-        jnp.zeros((batch, config.recurrence)), jnp.zeros((batch, config.kernel - 1, config.recurrence))
-    )
+    return RGLRUState(jnp.zeros((batch, config.recurrence)), jnp.zeros((batch, config.kernel - 1, config.recurrence)))
 
 
 def step(params: Params, config: RGLRUConfig, x_BD: jax.Array, state: RGLRUState) -> tuple[jax.Array, RGLRUState]:

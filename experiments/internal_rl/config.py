@@ -1,0 +1,237 @@
+"""Everything that can be set in the internal-RL experiment, and its three presets."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rl.envs.gridworld_pinpad import (
+    PAPER_POST_TRAINING,
+    PAPER_PRETRAINING,
+    Coding,
+    EnvParams,
+    GridworldPinpad,
+    parse_task,
+    tasks_without,
+)
+from rl.grpo import GRPOConfig
+from seqmod.backbone import BackboneConfig
+from seqmod.metacontroller import MetacontrollerConfig
+from seqmod.train import AdamWConfig
+
+
+def _text(task: tuple[int, ...]) -> str:
+    return "".join(map(str, task))
+
+
+@dataclass(frozen=True)
+class World:
+    """Grid, tasks, and how long episodes are.
+
+    Tasks are written as digits. A subgoal is a run of `subgoal_colours` colours. Without `pretraining` tasks, all tasks
+    of `task_length` subgoals are used that contain none of the subgoal transitions of the post-training task.
+    """
+
+    size: int = 12
+    colours: int = 5
+    walls: int = 2
+    coding: Coding = "relative"
+    subgoal_colours: int = 1
+    task_length: int = 4
+    pretraining: tuple[str, ...] = ()
+    post_training: str = "012340"
+    horizon: int = 100
+    """Steps after which an episode is truncated."""
+    window: int = 48
+    """Steps of a demonstration that the models are trained on."""
+    noise: float = 0.0
+    """The expert's eps in pretraining; all later stages use clean demonstrations."""
+
+    @property
+    def env(self) -> GridworldPinpad:
+        """The environment."""
+        return GridworldPinpad(size=self.size, colours=self.colours, walls=self.walls, coding=self.coding)
+
+    @property
+    def subgoals(self) -> int:
+        """Number of subgoals."""
+        return self.colours // self.subgoal_colours
+
+    def split(self, task: str) -> tuple[int, ...]:
+        """Subgoals of a task. Raises ValueError where its colours do not form subgoals."""
+        colours, width = parse_task(task), self.subgoal_colours
+        runs = [colours[start : start + width] for start in range(0, len(colours), width)]
+        for run in runs:
+            if run != tuple(range(run[0], run[0] + width)) or run[0] % width:
+                raise ValueError(f"World: task {task!r} does not consist of subgoals of {width} colours")
+        return tuple(run[0] // width for run in runs)
+
+    @property
+    def withheld(self) -> set[tuple[int, int]]:
+        """Subgoal transitions that only the post-training task has."""
+        subgoals = self.split(self.post_training)
+        return set(zip(subgoals, subgoals[1:], strict=False))
+
+    @property
+    def pretraining_tasks(self) -> tuple[str, ...]:
+        """The tasks of the demonstrations."""
+        if self.pretraining:
+            return self.pretraining
+        width = self.subgoal_colours
+        tasks = tasks_without(self.subgoals, self.task_length, self.withheld)
+        return tuple(_text(tuple(width * s + i for s in task for i in range(width))) for task in tasks)
+
+    def __post_init__(self) -> None:
+        _ = self.env, self.pretraining_params, self.post_training_params
+        if self.window < 1:
+            raise ValueError(f"World: window is {self.window}, expected at least 1")
+        for task in self.pretraining_tasks:
+            subgoals = self.split(task)
+            seen = set(zip(subgoals, subgoals[1:], strict=False)) & self.withheld
+            if seen:
+                raise ValueError(f"World: pretraining task {task!r} has the withheld transitions {sorted(seen)}")
+
+    @property
+    def pretraining_params(self) -> EnvParams:
+        """Environment parameters for demonstrations."""
+        return self.env.make_params([parse_task(task) for task in self.pretraining_tasks], self.horizon)
+
+    @property
+    def post_training_params(self) -> EnvParams:
+        """Environment parameters for reinforcement learning."""
+        return self.env.make_params([parse_task(self.post_training)], self.horizon)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model: `layers` blocks of one `mixer`."""
+
+    mixer: str = "attention"
+    layers: int = 4
+    width: int = 64
+    mlp: int = 256
+    heads: int = 4
+    context: int = 32
+    init_scale: float = 1.0
+
+    def model(self, world: World) -> BackboneConfig:
+        """Its backbone for a world."""
+        env = world.env
+        return BackboneConfig(
+            inputs=env.observation_size,
+            heads=(("action", env.num_actions), ("observation", env.observation_size)),
+            mixers=(self.mixer,) * self.layers,
+            width=self.width,
+            mlp=self.mlp,
+            attention_heads=self.heads,
+            context=self.context,
+            init_scale=self.init_scale,
+        )
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Base-model training: weight `observation_weight` (the paper's lambda) of the next-observation loss."""
+
+    optimiser: AdamWConfig = AdamWConfig(
+        learning_rate=2e-3, weight_decay=0.05, steps=12_000, batch=128, warmup=200, schedule="cosine"
+    )
+    observation_weight: float = 0.01
+    chunk: int = 100
+    """Steps in one compiled call; all numbers of steps are multiples of it."""
+    snapshots: tuple[float, ...] = (0.05, 0.25)
+    """Fractions of training at which the model is kept for the probes."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Linear probes of the subgoal, at every layer and snapshot."""
+
+    optimiser: AdamWConfig = AdamWConfig(learning_rate=3e-3, weight_decay=0.0, steps=300, batch=64)
+
+
+@dataclass(frozen=True)
+class Control:
+    """Supervised low-rank controllers, one for each colour or subgoal, at every layer."""
+
+    optimiser: AdamWConfig = AdamWConfig(
+        learning_rate=3e-3, weight_decay=0.0, steps=600, batch=64, warmup=20, schedule="cosine"
+    )
+    rank: int = 16
+    episodes: int = 1024
+    """Episodes of each evaluation on the post-training task."""
+    raw_episodes: int = 32_768
+    """Episodes of the uncontrolled base model on it."""
+
+
+@dataclass(frozen=True)
+class Discover:
+    """Metacontroller training on the frozen base, once for each KL weight in `alphas`.
+
+    The weight is `alpha_start` for the first `hold` of training, then rises linearly over `ramp` of it. `chosen` is the
+    one that internal RL uses.
+    """
+
+    optimiser: AdamWConfig = AdamWConfig(
+        learning_rate=2e-3, weight_decay=0.03, steps=2000, batch=32, warmup=100, schedule="cosine"
+    )
+    metacontroller: MetacontrollerConfig = MetacontrollerConfig()
+    alphas: tuple[float, ...] = (0.05, 0.17, 0.5)
+    chosen: float = 0.17
+    alpha_start: float = 0.0
+    hold: float = 0.0
+    ramp: float = 0.0
+    held_out: int = 512
+    """Held-out demonstrations that the gate is measured on."""
+
+    def __post_init__(self) -> None:
+        if self.chosen not in self.alphas:
+            raise ValueError(f"Discover: chosen is {self.chosen}, expected one of alphas {self.alphas}")
+        if not (0 <= self.hold <= 1 and 0 <= self.ramp <= 1):
+            raise ValueError(f"Discover: hold {self.hold} and ramp {self.ramp} must be fractions of training")
+
+
+@dataclass(frozen=True)
+class Reinforce:
+    """Internal RL and its baselines, each with the same number of episodes per seed."""
+
+    grpo: GRPOConfig = GRPOConfig()
+    raw_grpo: GRPOConfig = GRPOConfig(epochs=1)
+    updates: int = 160
+    learning_rate: float = 1e-3
+    raw_learning_rate: float = 3e-5
+    policy_width: int = 64
+    max_switches: int = 24
+    seeds: int = 5
+    forced_baseline: bool = False
+    """Whether to train the forced-switching baseline too."""
+    seeds_by: Literal["map", "vmap"] = "map"
+    """Seeds one after another (faster on a CPU, where a batch fills the cores) or side by side."""
+    chunk: int = 4
+    """Updates in one compiled call."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole experiment. `layer` is the controlled layer of the residual stream."""
+
+    world: World = field(default_factory=World)
+    base: Base = field(default_factory=Base)
+    pretrain: Pretrain = field(default_factory=Pretrain)
+    probe: Probe = field(default_factory=Probe)
+    control: Control = field(default_factory=Control)
+    discover: Discover = field(default_factory=Discover)
+    reinforce: Reinforce = field(default_factory=Reinforce)
+    layer: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.model.check_layer(self.layer)
+        if self.discover.metacontroller.width != self.base.width:
+            raise ValueError(
+                f"Config: discover.metacontroller.width is {self.discover.metacontroller.width}, "
+                f"expected base.width {self.base.width}"
+            )
+
+    @property
+    def model(self) -> BackboneConfig:
+        """Backbone of the base model."""
+        return self.base.model(self.world)
