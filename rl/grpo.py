@@ -95,7 +95,7 @@ def improve(
         part, advantage = jax.tree.map(lambda x: x[index_B], (batch, advantage_B))
         (value, kl), grads = jax.value_and_grad(loss, has_aux=True)(params, part, advantage)
         updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), (value, kl, optax.global_norm(grads))
+        return (optax.apply_updates(params, updates), opt_state), (value, kl, optax.tree.norm(grads))
 
     def learn(carry):
         def epoch(carry, key):

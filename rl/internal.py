@@ -149,7 +149,7 @@ def abstract_rollout(
         log_prob_B = gaussian_log_prob(outputs["mean"], outputs["log_std"], proposal_BZ)
         # Writing beyond the last row is dropped: closed gates write nowhere.
         row_B = jnp.where(open_B, memory.switches_B, M)
-        episode_B = jnp.arange(B)
+        episode_B = jnp.arange(len(open_B))
 
         def write(buffer, value):
             return buffer.at[episode_B, row_B].set(value, mode="drop")
@@ -187,9 +187,17 @@ def abstract_rollout(
         z_BMZ=jnp.zeros((B, M, Z)),
         log_prob_BM=jnp.zeros((B, M)),
     )
-    episodes, memory = rollout(key, env, env_params, act, memory, B, config.horizon)
-    mask_BM = jnp.arange(M)[None] < memory.switches_B[:, None]
-    batch = Batch(memory.e_BMD, memory.z_BMZ, memory.log_prob_BM, mask_BM, episodes.return_B)
+    episodes, (switches_B, *abstract) = rollout(
+        key,
+        env,
+        env_params,
+        act,
+        memory,
+        B,
+        config.horizon,
+        keep=lambda memory: (memory.switches_B, memory.e_BMD, memory.z_BMZ, memory.log_prob_BM),
+    )
+    batch = Batch(*abstract, jnp.arange(M)[None] < switches_B[:, None], episodes.return_B)
     open_BL, watched = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), episodes.recorded)
     raw = {"open_BL": open_BL, "valid_BL": episodes.valid_TB.T, "watched": watched, "final_state": episodes.final_state}
     return batch, raw

@@ -84,7 +84,9 @@ def make_chunk(
         if hyper is None:
             params, opt_state, metrics = update(state.params, state.opt_state, batch, k_loss, state.step)
         else:
-            each = jax.vmap(lambda params, opt_state, hyper: update(params, opt_state, batch, k_loss, state.step, hyper))
+            each = jax.vmap(
+                lambda params, opt_state, hyper: update(params, opt_state, batch, k_loss, state.step, hyper)
+            )
             params, opt_state, metrics = each(state.params, state.opt_state, hyper)
         return TrainState(params, opt_state, state.step + 1, state.key), metrics
 

@@ -57,7 +57,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         begun = time.monotonic()
         asked = {"preset": preset, "seed": options.config.seed, **dataclasses.asdict(options.config)}
         run = RunDirectory.open(options.out, asked, options.resume)
-        print(f"internal RL, preset {preset}, seed {options.config.seed}, on {jax.devices()[0].device_kind}: {run.path}")
+        print(
+            f"internal RL, preset {preset}, seed {options.config.seed}, on {jax.devices()[0].device_kind}: {run.path}"
+        )
         result = pipeline.run_stages(run, options.config, options.stages, from_scratch=options.from_scratch)
         print(f"done in {(time.monotonic() - begun) / 60:.1f} minutes")
         return result

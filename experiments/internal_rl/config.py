@@ -1,11 +1,10 @@
 """Everything that can be set in the internal-RL experiment, and its three presets."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from rl.envs.gridworld_pinpad import (
-    PAPER_POST_TRAINING,
-    PAPER_PRETRAINING,
     Coding,
     EnvParams,
     GridworldPinpad,
@@ -27,7 +26,7 @@ class World:
     """Grid, tasks, and how long episodes are.
 
     Tasks are written as digits. A subgoal is a run of `subgoal_colours` colours. Without `pretraining` tasks, all tasks
-    of `task_length` subgoals are used that contain none of the subgoal transitions of the post-training task.
+    of `task_length` subgoals are used that contain no withheld transition.
     """
 
     size: int = 12
@@ -37,7 +36,9 @@ class World:
     subgoal_colours: int = 1
     task_length: int = 4
     pretraining: tuple[str, ...] = ()
-    post_training: str = "012340"
+    post_training: str = "01234"
+    withheld: tuple[str, ...] = ("01", "12", "23", "34", "40")
+    """Subgoal transitions that no pretraining task may have; the post-training task's are withheld in any case."""
     horizon: int = 100
     """Steps after which an episode is truncated."""
     window: int = 48
@@ -65,10 +66,9 @@ class World:
         return tuple(run[0] // width for run in runs)
 
     @property
-    def withheld(self) -> set[tuple[int, int]]:
-        """Subgoal transitions that only the post-training task has."""
-        subgoals = self.split(self.post_training)
-        return set(zip(subgoals, subgoals[1:], strict=False))
+    def unseen(self) -> set[tuple[int, int]]:
+        """Subgoal transitions that no pretraining task has."""
+        return {pair for task in (self.post_training, *self.withheld) for pair in pairwise(self.split(task))}
 
     @property
     def pretraining_tasks(self) -> tuple[str, ...]:
@@ -76,7 +76,7 @@ class World:
         if self.pretraining:
             return self.pretraining
         width = self.subgoal_colours
-        tasks = tasks_without(self.subgoals, self.task_length, self.withheld)
+        tasks = tasks_without(self.subgoals, self.task_length, self.unseen)
         return tuple(_text(tuple(width * s + i for s in task for i in range(width))) for task in tasks)
 
     def __post_init__(self) -> None:
@@ -84,8 +84,7 @@ class World:
         if self.window < 1:
             raise ValueError(f"World: window is {self.window}, expected at least 1")
         for task in self.pretraining_tasks:
-            subgoals = self.split(task)
-            seen = set(zip(subgoals, subgoals[1:], strict=False)) & self.withheld
+            seen = set(pairwise(self.split(task))) & self.unseen
             if seen:
                 raise ValueError(f"World: pretraining task {task!r} has the withheld transitions {sorted(seen)}")
 

@@ -1,7 +1,7 @@
 """Stage 3: supervised controllers, one low-rank edit for each subgoal, at every layer (C.3; Fig. 4).
 
-They show that a linear edit of the residual stream makes the base model pursue a chosen subgoal, also across transitions
-that no demonstration has. With the true subgoal switched on they are the honest ceiling of internal RL.
+They show that a linear edit of the residual stream makes the base model pursue a chosen subgoal, also across
+transitions that no demonstration has. With the true subgoal switched on they are the honest ceiling of internal RL.
 """
 
 from typing import Any

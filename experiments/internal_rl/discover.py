@@ -3,6 +3,7 @@
 No subgoal label is used; labels serve only to measure, on held-out demonstrations, where the gate opens.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.internal_rl.config import Config
-from experiments.internal_rl.pretrain import action_nll, sampler
+from experiments.internal_rl.pretrain import action_nll, pick, sampler
 from experiments.runner import RunDirectory, train_chunks
 from seqmod import backbone, metacontroller, train
 from seqmod.mixers.base import Params
@@ -24,8 +25,10 @@ def alpha_at(config: Config, alpha: jax.Array, step: jax.Array) -> jax.Array:
     return settings.alpha_start + (alpha - settings.alpha_start) * risen
 
 
-def discover(run: RunDirectory, config: Config, model: Params, *, forced: bool = False) -> Params:
-    """Train one metacontroller for each KL weight. Returns their parameters, stacked along a leading axis.
+def trainer(
+    config: Config, model: Params, steps: int, *, forced: bool = False
+) -> tuple[Callable[[train.TrainState], tuple[train.TrainState, Any]], train.TrainState, int]:
+    """The compiled training function of `steps` steps, its initial state, and the tokens a call takes from the expert.
 
     `forced` trains the paper's baseline instead, whose gate is always open, at the chosen weight only.
     """
@@ -49,19 +52,28 @@ def discover(run: RunDirectory, config: Config, model: Params, *, forced: bool =
         beta = masked_mean(out.beta_BL, demos.valid_BL)
         return nll + alpha_at(config, alpha, step) * kl, {"action_nll": nll, "kl": kl, "beta": beta}
 
-    steps, per_call = settings.optimiser.steps, min(settings.optimiser.steps, 100)
     k_init, k_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 4))
     params = metacontroller.init(k_init, settings.metacontroller)
     stacked = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(alphas), axis=0), params)
+    chunk = train.make_chunk(sample, loss, tx, steps, hyper=alphas)
+    tokens = steps * settings.optimiser.batch * config.world.window
+    return chunk, train.start(stacked, tx, k_train, sweep=True), tokens
+
+
+def discover(run: RunDirectory, config: Config, model: Params, *, forced: bool = False) -> Params:
+    """Train one metacontroller for each KL weight, on the same demonstrations. Returns their parameters, stacked."""
+    steps = config.discover.optimiser.steps
+    per_call = min(steps, 100)
+    chunk, state, _ = trainer(config, model, per_call, forced=forced)
     state, _ = train_chunks(
         run,
         "discover-forced" if forced else "discover",
-        train.start(stacked, tx, k_train, sweep=True),
-        train.make_chunk(sample, loss, tx, per_call, hyper=alphas),
+        state,
+        chunk,
         max(1, steps // per_call),
         units_per_chunk=per_call,
         unit="steps",
-        config={"alphas": alphas.tolist()},
+        config={"forced": forced},
         checkpoint_every=4,
     )
     return state.params
@@ -78,7 +90,9 @@ def matched_switches(predicted: np.ndarray, true: np.ndarray, tolerance: int) ->
     return matches
 
 
-def switch_scores(open_BL: np.ndarray, subgoal_BL: np.ndarray, valid_BL: np.ndarray, tolerance: int) -> dict[str, float]:
+def switch_scores(
+    open_BL: np.ndarray, subgoal_BL: np.ndarray, valid_BL: np.ndarray, tolerance: int
+) -> dict[str, float]:
     """Precision, recall and F1 of gate openings against subgoal changes, and the ratio of their numbers.
 
     The first step is left out: the gate is open there by definition. Matches are one to one within `tolerance` steps.
@@ -98,7 +112,9 @@ def switch_scores(open_BL: np.ndarray, subgoal_BL: np.ndarray, valid_BL: np.ndar
     }
 
 
-def measure(run: RunDirectory, config: Config, model: Params, stacked: Params) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def measure(
+    run: RunDirectory, config: Config, model: Params, stacked: Params
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Rate, distortion and gate of every metacontroller on held-out demonstrations.
 
     Results: one row per KL weight with `action_nll` (soft gate), `binary_nll` (gate thresholded as in RL), `kl` per
@@ -121,7 +137,9 @@ def measure(run: RunDirectory, config: Config, model: Params, stacked: Params) -
     def gate(params, model, demos, e_BLD):
         def run_gate(binary: bool):
             key = jax.random.key(0)
-            out = metacontroller.unroll(params, settings.metacontroller, key, e_BLD, demos.valid_BL, gate_noise=False, binary=binary)
+            out = metacontroller.unroll(
+                params, settings.metacontroller, key, e_BLD, demos.valid_BL, gate_noise=False, binary=binary
+            )
             edited = metacontroller.control(params, e_BLD, out.z_BLZ)
             return out, action_nll(config, backbone.upper(model, shape, edited, layer), demos)
 
@@ -144,8 +162,7 @@ def measure(run: RunDirectory, config: Config, model: Params, stacked: Params) -
 
     rows, gates = [], []
     for index, alpha in enumerate(settings.alphas):
-        params = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
-        beta_BL, numbers = gate(params, model, demos, e_BLD)
+        beta_BL, numbers = gate(pick(stacked, index), model, demos, e_BLD)
         beta_BL = np.asarray(beta_BL)
         middle = ((beta_BL > 0.1) & (beta_BL < 0.9))[:, 1:][valid_BL[:, 1:]].mean()
         numbers = {name: float(value) for name, value in numbers.items()}

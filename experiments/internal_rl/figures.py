@@ -1,5 +1,6 @@
 """Figures of the internal-RL experiment, each a function of what its stage measured."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def gate_figure(
         steps = int(valid_BL[episode].sum())
         subgoals, beta = subgoal_BL[episode, :steps], beta_BL[episode, :steps]
         starts = [0, *(np.flatnonzero(subgoals[1:] != subgoals[:-1]) + 1), steps]
-        for first, last in zip(starts[:-1], starts[1:], strict=True):
+        for first, last in itertools.pairwise(starts):
             subgoal = int(subgoals[first])
             ax.axvspan(first - 0.5, last - 0.5, color=COLORS[subgoal % len(COLORS)], alpha=0.25, linewidth=0)
             ax.text((first + last - 1) / 2, 1.08, str(subgoal), ha="center", va="bottom", fontsize=8)
@@ -69,7 +70,9 @@ def sweep_figure(path: Path, results: Mapping[str, Any], chosen: float) -> Path:
     rate, scores, ratio = axes[0]
     rate.plot([row["kl"] for row in rows], [row["action_nll"] for row in rows], marker="o")
     for row in rows:
-        rate.annotate(f"{row['alpha']:g}", (row["kl"], row["action_nll"]), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        rate.annotate(
+            f"{row['alpha']:g}", (row["kl"], row["action_nll"]), textcoords="offset points", xytext=(5, 4), fontsize=8
+        )
     rate.axhline(results["base_nll"], color="0.5", linestyle=":", label="base model alone")
     rate.set(xlabel="rate: KL per step [nats]", ylabel="distortion: action NLL [nats]", title="Rate and distortion")
     for name in ("precision", "recall", "f1"):

@@ -8,9 +8,9 @@ import numpy as np
 
 from experiments.internal_rl import control, discover, figures, pretrain, probe, reinforce, show
 from experiments.internal_rl.config import Config
-from experiments.report import Claim, Figure, Section, SideBySide, Table, Text, write_report
+from experiments.report import Claim, Figure, Section, SideBySide, Table, write_report
 from experiments.runner import RunDirectory, RunError
-from seqmod.checkpoint import CheckpointError, differences, export_params, load_params
+from seqmod.checkpoint import differences, export_params, load_params
 from seqmod.mixers.base import Params
 
 Stage = Literal["pretrain", "probe", "control", "discover", "reinforce"]
@@ -43,8 +43,10 @@ def metacontrollers(run: RunDirectory, config: Config, model: Params, *, forced:
     return stacked
 
 
-def run_stages(run: RunDirectory, config: Config, stages: tuple[Stage, ...], *, from_scratch: bool = False) -> dict[str, Any]:
-    """Run the given stages in order, then write result.json and report.html from all that is done. Returns the result."""
+def run_stages(
+    run: RunDirectory, config: Config, stages: tuple[Stage, ...], *, from_scratch: bool = False
+) -> dict[str, Any]:
+    """Run the given stages in order, then write result.json and report.html from all that is done."""
     for stage in stages:
         needs = {"probe": "pretrain", "control": "pretrain", "discover": "pretrain", "reinforce": "discover"}.get(stage)
         done = {"pretrain": "base.npz", "discover": "metacontrollers.npz"}
@@ -65,8 +67,7 @@ def run_stages(run: RunDirectory, config: Config, stages: tuple[Stage, ...], *, 
 
 def chosen_metacontroller(config: Config, stacked: Params) -> Params:
     """The metacontroller of the chosen KL weight."""
-    index = config.discover.alphas.index(config.discover.chosen)
-    return jax.tree.map(lambda leaf: leaf[index], stacked)
+    return pretrain.pick(stacked, config.discover.alphas.index(config.discover.chosen))
 
 
 def learn(run: RunDirectory, config: Config, model: Params) -> None:
@@ -79,18 +80,12 @@ def learn(run: RunDirectory, config: Config, model: Params) -> None:
     success["internal"], switches = metrics["success"], metrics["steps"]
     success["raw"] = reinforce.reinforce(run, config, model, None, "raw")[0]["success"]
     if config.reinforce.forced_baseline:
-        always = chosen_metacontroller_forced(metacontrollers(run, config, model, forced=True))
+        always = pretrain.pick(metacontrollers(run, config, model, forced=True), 0)
         success["forced"] = reinforce.reinforce(run, config, model, always, "forced")[0]["success"]
     best = int(reinforce.final_success(success["internal"]).argmax())
-    policy = jax.tree.map(lambda leaf: leaf[best], policies)
-    show.episodes(run, config, model, chosen, policy)
+    show.episodes(run, config, model, chosen, pretrain.pick(policies, best))
     finals = {learner: reinforce.final_success(values).tolist() for learner, values in success.items()}
     run.stage_done("reinforce", {"final": finals, "switches": float(switches[:, -1].mean())}, dict(success))
-
-
-def chosen_metacontroller_forced(stacked: Params) -> Params:
-    """The only metacontroller of the forced-switching baseline."""
-    return jax.tree.map(lambda leaf: leaf[0], stacked)
 
 
 def conclude(run: RunDirectory, config: Config) -> dict[str, Any]:
@@ -140,8 +135,8 @@ def conclude(run: RunDirectory, config: Config) -> dict[str, Any]:
                 "Without labels, the gate opens where the subgoal changes, and only there",
                 f"F1 {row['exact']['f1']:.2f} exact and {row['within_one']['f1']:.2f} within one step; "
                 f"{row['exact']['ratio']:.2f} switches per true switch (random gate "
-                f"{results['random']['within_one']['f1']:.2f}, open gate {results['always_open']['within_one']['f1']:.2f} "
-                "within one step)",
+                f"{results['random']['within_one']['f1']:.2f}, open gate "
+                f"{results['always_open']['within_one']['f1']:.2f} within one step)",
                 score["f1"] >= 0.8 and 0.75 <= row["exact"]["ratio"] <= 1.33,
             )
         )
@@ -149,7 +144,16 @@ def conclude(run: RunDirectory, config: Config) -> dict[str, Any]:
             run.figure("gate.png"), arrays["beta_ABL"][index], arrays["subgoal_BL"], arrays["valid_BL"]
         )
         sweep = figures.sweep_figure(run.figure("sweep.png"), results, config.discover.chosen)
-        columns = ["KL weight", "NLL", "NLL, binary gate", "KL per step", "quasi-binary", "F1", "F1 within one", "ratio"]
+        columns = [
+            "KL weight",
+            "NLL",
+            "NLL, binary gate",
+            "KL per step",
+            "quasi-binary",
+            "F1",
+            "F1 within one",
+            "ratio",
+        ]
         names = ("action_nll", "binary_nll", "kl", "quasi_binary")
         rows = [
             [r["alpha"], *(r[name] for name in names), r["exact"]["f1"], r["within_one"]["f1"], r["exact"]["ratio"]]
@@ -168,8 +172,8 @@ def conclude(run: RunDirectory, config: Config) -> dict[str, Any]:
             Claim(
                 "Internal RL solves the task; raw-action RL with as many episodes does not",
                 f"median success {internal:.2f} against {raw:.1e} ({len(finals['internal'])} seeds, "
-                f"{success['internal'].shape[1] * config.reinforce.grpo.batch:,} episodes each; true-subgoal controllers "
-                f"{honest:.2f})",
+                f"{success['internal'].shape[1] * config.reinforce.grpo.batch:,} episodes each; "
+                f"true-subgoal controllers {honest:.2f})",
                 internal >= 0.8 * honest and raw <= 0.1 * honest,
             )
         )

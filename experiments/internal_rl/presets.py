@@ -1,4 +1,4 @@
-"""The three presets: `tiny` runs every line in a minute, `small` shows the result on two CPU cores, `paper` is the paper's."""
+"""Presets: `tiny` runs every line in a minute, `small` shows the result on two CPU cores, `paper` is the paper's."""
 
 from experiments.internal_rl.config import Base, Config, Control, Discover, Pretrain, Probe, Reinforce, World
 from rl.envs.gridworld_pinpad import PAPER_POST_TRAINING, PAPER_PRETRAINING
@@ -12,7 +12,7 @@ def tiny() -> Config:
     few = AdamWConfig(learning_rate=3e-3, steps=20, batch=8, warmup=2)
     grpo = GRPOConfig(batch=16, horizon=16, minibatches=2, epochs=1)
     return Config(
-        world=World(size=4, colours=3, walls=1, task_length=2, post_training="012", horizon=16, window=12),
+        world=World(size=4, colours=3, walls=1, task_length=2, post_training="012", withheld=(), horizon=16, window=12),
         base=Base(layers=2, width=16, mlp=32, heads=2, context=24),
         pretrain=Pretrain(optimiser=few, chunk=10, snapshots=(0.5,)),
         probe=Probe(optimiser=few),
@@ -20,7 +20,14 @@ def tiny() -> Config:
         discover=Discover(
             optimiser=few,
             metacontroller=MetacontrollerConfig(
-                width=16, latent=4, history=8, embedding=8, encoder_hidden=16, switch_hidden=16, rank=4, embedder_width=16
+                width=16,
+                latent=4,
+                history=8,
+                embedding=8,
+                encoder_hidden=16,
+                switch_hidden=16,
+                rank=4,
+                embedder_width=16,
             ),
             held_out=32,
         ),
@@ -45,6 +52,7 @@ def paper() -> Config:
             subgoal_colours=2,
             pretraining=tuple("".join(map(str, task)) for task in PAPER_PRETRAINING),
             post_training="".join(map(str, PAPER_POST_TRAINING)),
+            withheld=(),
             horizon=100,
             window=100,
         ),

@@ -39,7 +39,10 @@ def loss(config: Config, params: Params, demos: Demonstrations) -> tuple[jax.Arr
     observation = masked_mean(
         factored_nll(outputs["observation"], demos.next_obs_BLF, config.world.env.factors), demos.valid_BL
     )
-    return action + config.pretrain.observation_weight * observation, {"action_nll": action, "observation_nll": observation}
+    return action + config.pretrain.observation_weight * observation, {
+        "action_nll": action,
+        "observation_nll": observation,
+    }
 
 
 def what_makes_a_base(config: Config) -> dict[str, Any]:
@@ -97,5 +100,9 @@ def load_base(path: Path, config: Config) -> list[Params]:
             + "\n  ".join(wrong)
             + "\ntrain one for this configuration with --from-scratch"
         )
-    count = len(stacked["norm"])
-    return [jax.tree.map(lambda leaf: jnp.asarray(leaf[index]), stacked) for index in range(count)]
+    return [pick(stacked, index) for index in range(len(stacked["norm"]))]
+
+
+def pick(stacked: Params, index: int) -> Params:
+    """One of the models that are stacked along a leading axis."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[index]), stacked)

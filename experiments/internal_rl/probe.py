@@ -35,7 +35,9 @@ def probe(run: RunDirectory, config: Config, models: list[Params]) -> dict[str, 
 
     def loss(probes, demos, key, step):
         labels_BL = demos.target_BL // width
-        nll = categorical_nll(logits(probes, read(demos.obs_BLF)), jnp.broadcast_to(labels_BL, (snapshots, layers, *labels_BL.shape)))
+        nll = categorical_nll(
+            logits(probes, read(demos.obs_BLF)), jnp.broadcast_to(labels_BL, (snapshots, layers, *labels_BL.shape))
+        )
         return masked_mean(nll, jnp.broadcast_to(demos.valid_BL, nll.shape)) * snapshots * layers, {}
 
     steps = settings.optimiser.steps
@@ -48,7 +50,15 @@ def probe(run: RunDirectory, config: Config, models: list[Params]) -> dict[str, 
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
     state = train.start(probes, tx, key)
     state, _ = train_chunks(
-        run, "probe", state, chunk, max(1, steps // per_call), units_per_chunk=per_call, unit="steps", config={}, checkpoint_every=4
+        run,
+        "probe",
+        state,
+        chunk,
+        max(1, steps // per_call),
+        units_per_chunk=per_call,
+        unit="steps",
+        config={},
+        checkpoint_every=4,
     )
 
     @jax.jit

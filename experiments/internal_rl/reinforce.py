@@ -63,7 +63,9 @@ def reinforce(
         assert metacontroller is not None
         algorithm, policy = settings.grpo, policy_config(config)
         frozen, shape = Frozen(model, metacontroller), controlled(config, always_open=learner == "forced")
-        state = jax.vmap(lambda key, k: grpo.start(algorithm, internal.init_policy(k, policy), key))(run_keys, policy_keys)
+        state = jax.vmap(lambda key, k: grpo.start(algorithm, internal.init_policy(k, policy), key))(
+            run_keys, policy_keys
+        )
 
         def update(state):
             return internal.internal_update(

@@ -39,9 +39,10 @@ def linear_recurrence(
     B, L, N = a_BLN.shape
     if L == 0:
         raise ValueError("linear_recurrence: x has length 0, expected at least 1")
+    dtype = jnp.result_type(a_BLN, x_BLN, jnp.float32)
     if initial_state is None:
-        initial_state = jnp.zeros((B, N), x_BLN.dtype)
-    dtype = jnp.promote_types(jnp.result_type(a_BLN, x_BLN, initial_state), jnp.float32)
+        initial_state = jnp.zeros((B, N), dtype)
+    dtype = jnp.result_type(dtype, initial_state)
     if initial_state.shape != (B, N):
         raise ValueError(f"linear_recurrence: initial_state has shape {initial_state.shape}, expected {(B, N)}")
     if segment_ids is not None:

@@ -184,9 +184,7 @@ def episode_gif(path: str | Path, frames: Sequence[np.ndarray], *, milliseconds:
     """Write frames as an endless animation: `milliseconds` each and `hold` for the last."""
     if not len(frames):
         raise ValueError("episode_gif: frames is empty, expected at least one")
-    # One palette for all frames, from the first and the last: no flicker.
-    both = Image.fromarray(np.concatenate([frames[0], frames[-1]])).quantize(255)
-    first, *rest = (Image.fromarray(each).quantize(palette=both, dither=Image.Dither.NONE) for each in frames)
+    first, *rest = _share_palette(frames)
     durations = [milliseconds] * len(rest) + [hold]
     first.save(path, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
 
@@ -312,6 +310,29 @@ def _leg(episode: Episode, first: int, last: int) -> str:
     return f"to {target}: met {met}" if met >= 0 else f"to {target}: not in {_steps(last - first)}"
 
 
+def _share_palette(frames: Sequence[np.ndarray]) -> list[Image.Image]:
+    """Frames with one palette of their 256 commonest colours, exact, and the nearest of these for any other colour.
+
+    Pillow's own quantisation averages colours: white paper turns grey and flat areas flicker between frames.
+    """
+    codes = [
+        np.unique(each.astype(np.int32) @ (65536, 256, 1), return_inverse=True, return_counts=True) for each in frames
+    ]
+    counts: dict[int, int] = {}
+    for values, _, many in codes:
+        for value, count in zip(values.tolist(), many.tolist(), strict=True):
+            counts[value] = counts.get(value, 0) + count
+    palette = np.array(sorted(counts, key=lambda value: -counts[value])[:256])
+    palette_rgb = palette[:, None] >> (16, 8, 0) & 255
+    images = []
+    for values, where, _ in codes:
+        away = ((values[:, None] >> (16, 8, 0) & 255)[:, None] - palette_rgb[None]) ** 2
+        image = Image.fromarray(away.sum(-1).argmin(-1).astype(np.uint8)[where].reshape(frames[0].shape[:2]))
+        image.putpalette(palette_rgb.astype(np.uint8).tobytes())
+        images.append(image)
+    return images
+
+
 def _diamond(draw: ImageDraw.ImageDraw, at: tuple[int, int], radius: int) -> None:
     x, y = at
     draw.polygon([(x - radius, y), (x, y - radius), (x + radius, y), (x, y + radius)], fill=SWITCH)
@@ -335,7 +356,7 @@ def _timeline(draw: ImageDraw.ImageDraw, episode: Episode, at: tuple[int, int], 
     edges = [x + round(step * width / max(episode.steps, 1)) for step in range(episode.steps + 1)]
     for first, last in episode.legs:
         target = _target(episode, first)
-        draw.rectangle((edges[first], y, edges[last] - 1, y + 20), _colour(target))
+        draw.rectangle((edges[first], y, max(edges[first], edges[last] - 1), y + 20), _colour(target))
         if edges[last] - edges[first] > 12:
             draw.text((edges[first] + 4, y + 10), str(target), _ink_on(_colour(target)), _font(12), anchor="lm")
     below = y + 30 if episode.gate_T is None else y + 66
@@ -345,4 +366,5 @@ def _timeline(draw: ImageDraw.ImageDraw, episode: Episode, at: tuple[int, int], 
     draw.text((x, below), label, FAINT, _font(11), anchor="lm")
     for step, gate in enumerate(() if episode.gate_T is None else episode.gate_T):
         ink = SWITCH if gate >= 0.5 else FAINT
-        draw.rectangle((edges[step], y + 56 - round(28 * float(gate)), edges[step + 1] - 2, y + 56), ink)
+        right = max(edges[step], edges[step + 1] - 2)
+        draw.rectangle((edges[step], y + 56 - round(28 * float(gate)), right, y + 56), ink)

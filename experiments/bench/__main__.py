@@ -1,0 +1,9 @@
+"""Run every benchmark in turn.
+
+Command: python -m experiments.bench
+"""
+
+from experiments.bench import internal_rl
+
+if __name__ == "__main__":
+    internal_rl.main()

@@ -1,0 +1,74 @@
+"""The whole experiment at the tiny preset: every stage, its files, and going on after a stop."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.internal_rl.__main__ import main
+from experiments.internal_rl.pipeline import STAGES
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny run, made in two goes: some stages, then the rest."""
+    path = tmp_path_factory.mktemp("run") / "tiny"
+    main(["--preset", "tiny", "--out", str(path), "--stages", "pretrain", "probe"])
+    assert not (path / "metacontrollers.npz").exists()
+    result = main(["--preset", "tiny", "--out", str(path), "--resume"])
+    return path, result
+
+
+def test_result_says_what_was_measured(finished):
+    path, result = finished
+    stored = json.loads((path / "result.json").read_text())
+    assert set(stored) >= {"claim", "measured", "holds", "seeds", "spread", "claims"}
+    assert stored["holds"] is False, "a few steps of training cannot show the claim"
+    assert len(stored["claims"]) == 4
+    measured = stored["measured"]
+    assert len(measured["control"]["success_by_layer"]) == 3
+    assert len(measured["final_success"]["internal"]) == stored["seeds"] == 2
+    assert result["claims"][0]["claim"] == stored["claims"][0]["claim"]
+
+
+def test_files_a_person_looks_for(finished):
+    path, _ = finished
+    for name in ("config.json", "metrics.jsonl", "report.html", "base.npz", "metacontrollers.npz"):
+        assert (path / name).stat().st_size > 0
+    figures = {item.name for item in (path / "figures").iterdir()}
+    assert figures == {
+        "probe.png", "control.png", "gate.png", "sweep.png", "reinforcement.png", "before.gif", "after.gif"
+    }  # fmt: skip
+    stages = {json.loads(line)["stage"].split("-")[0] for line in (path / "metrics.jsonl").read_text().splitlines()}
+    assert stages == set(STAGES)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished):
+    path, result = finished
+    base = (path / "base.npz").read_bytes()
+    again = main(["--preset", "tiny", "--out", str(path), "--resume"])
+    assert again["measured"] == result["measured"]
+    assert (path / "base.npz").read_bytes() == base
+
+
+def test_same_seed_same_numbers(finished, tmp_path):
+    path, _ = finished
+    main(["--preset", "tiny", "--out", str(tmp_path / "again"), "--stages", "pretrain"])
+    one, other = np.load(path / "base.npz"), np.load(tmp_path / "again" / "base.npz")
+    for name in one.files:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_refusals(finished, tmp_path, capsys):
+    path, _ = finished
+    with pytest.raises(SystemExit):
+        main(["--preset", "tiny", "--out", str(path)])
+    assert "not empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--preset", "tiny", "--out", str(path), "--resume", "--seed", "1"])
+    assert "seed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--preset", "tiny", "--out", str(tmp_path / "new"), "--stages", "reinforce"])
+    assert "needs stage discover" in capsys.readouterr().err
