@@ -2,8 +2,8 @@
 
 Each row is one compiled program, timed after a first call, median of several. Floating-point operations are counted by
 hand, since the compiler's own count takes a loop's body once: 2 per multiply-add of every matrix product of the base
-model, three times the forward pass where it is trained, twice where gradients only pass through it. Quote ratios of rows
-of one run: machines are noisy.
+model, three times the forward pass where it is trained, twice where gradients only pass through it. Quote ratios of
+rows of one run: machines are noisy.
 
 Command: python -m experiments.bench.internal_rl [--preset small] [--repeats 5] [--out FILE.json]
 """

@@ -131,7 +131,7 @@ class Pretrain:
     """Base-model training: weight `observation_weight` (the paper's lambda) of the next-observation loss."""
 
     optimiser: AdamWConfig = AdamWConfig(
-        learning_rate=2e-3, weight_decay=0.05, steps=12_000, batch=128, warmup=200, schedule="cosine"
+        learning_rate=2e-3, weight_decay=0.05, steps=8000, batch=128, warmup=200, schedule="cosine"
     )
     observation_weight: float = 0.01
     chunk: int = 100

@@ -55,11 +55,19 @@ def run_stages(
     models = base_models(run, config, from_scratch=from_scratch)
     model = models[-1]
     if "probe" in stages:
-        probe.probe(run, config, models)
+        accuracy_N = probe.probe(run, config, models)["accuracy_SN"][-1]
+        print("probe: subgoal accuracy by layer " + " ".join(f"{accuracy:.2f}" for accuracy in accuracy_N))
     if "control" in stages:
-        control.control(run, config, model)
+        measured = control.control(run, config, model)
+        success = " ".join(f"{rate:.2f}" for rate in measured["success_by_layer"])
+        print(f"control: post-training success by layer {success}; base alone {measured['raw_success']:.1e}")
     if "discover" in stages:
-        discover.measure(run, config, model, metacontrollers(run, config, model))
+        results, _ = discover.measure(run, config, model, metacontrollers(run, config, model))
+        for row in results["rows"]:
+            print(
+                f"discover: KL weight {row['alpha']:g}: NLL {row['action_nll']:.3f}, F1 {row['exact']['f1']:.2f}, "
+                f"{row['exact']['ratio']:.2f} switches per true switch"
+            )
     if "reinforce" in stages:
         learn(run, config, model)
     return conclude(run, config)

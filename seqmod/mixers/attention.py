@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmod.mixers.base import Mixer, Params, scaled_normal
+from seqmod.mixers.base import Mixer, Params, scaled_normal, segment_runs
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def apply(params: Params, config: AttentionConfig, x_BLD: jax.Array, segment_ids
     distance_LL = jnp.arange(L)[:, None] - jnp.arange(L)[None]
     visible_BLL = (distance_LL >= 0)[None]
     if segment_ids is not None:
-        visible_BLL = visible_BLL & (segment_ids[:, :, None] == segment_ids[:, None])
+        runs_BL = segment_runs(segment_ids)
+        visible_BLL = visible_BLL & (runs_BL[:, :, None] == runs_BL[:, None])
     bias_LLH = params["bias"][bucket(jnp.maximum(distance_LL, 0), config.buckets, config.max_distance)]
     y_BLHK = _attend(config, qkv[0], qkv[1], qkv[2], bias_LLH, visible_BLL)
     return jnp.einsum("BLHK,HKD->BLD", y_BLHK, params["out"])

@@ -38,3 +38,9 @@ def scaled_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int, scale: fl
 def rms_norm(gain_D: jax.Array, x: jax.Array) -> jax.Array:
     """x / rms(x) times a gain, over the last axis."""
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * gain_D.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def segment_runs(segment_ids: jax.Array) -> jax.Array:
+    """Number (B, L) of the segment each step is in; a segment ends wherever the id changes, even if it comes back."""
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))

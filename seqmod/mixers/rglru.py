@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.linear_recurrence import linear_recurrence
-from seqmod.mixers.base import Mixer, Params, scaled_normal
+from seqmod.mixers.base import Mixer, Params, scaled_normal, segment_runs
 
 _SHARPNESS = 8.0
 
@@ -85,9 +85,10 @@ def apply(params: Params, config: RGLRUConfig, x_BLD: jax.Array, segment_ids: ja
     for lag in range(W):
         tap_BLN = padded[:, W - 1 - lag : W - 1 - lag + L]
         if segment_ids is not None:
-            # Steps before the first see the zeros of the padding, whatever their id.
-            delayed_BL = jnp.pad(segment_ids, ((0, 0), (lag, 0)))[:, :L]
-            tap_BLN = tap_BLN * (segment_ids == delayed_BL)[..., None]
+            # Steps before the first see the zeros of the padding, whatever their segment.
+            runs_BL = segment_runs(segment_ids)
+            delayed_BL = jnp.pad(runs_BL, ((0, 0), (lag, 0)))[:, :L]
+            tap_BLN = tap_BLN * (runs_BL == delayed_BL)[..., None]
         conv_BLN = conv_BLN + tap_BLN * params["conv"][W - 1 - lag][None, None]
     a_BLN, scaled_BLN = _recurrence_inputs(params, config, conv_BLN)
     h_BLN, _ = linear_recurrence(a_BLN, scaled_BLN, segment_ids=segment_ids)

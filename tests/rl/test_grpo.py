@@ -119,7 +119,7 @@ def test_recomputed_log_probabilities_are_those_of_the_rollout(tiny, params):
 
 
 def test_raw_actions_learn_a_contextual_bandit(tiny, random_params):
-    model = BackboneConfig(inputs=5, heads=(("action", 3),), mixers=("rglru",), width=8, mlp=11, attention_heads=2)
+    model = BackboneConfig(inputs=5, heads=(("action", 3),), mixers=("attention",), width=8, mlp=11, attention_heads=2)
     config = GRPOConfig(batch=48, horizon=2, epochs=2, minibatches=2)
 
     @jax.jit

@@ -53,21 +53,21 @@ def rolled(controlled, env, env_params, frozen, policy):
     return batch, raw, internal.policy_log_prob(POLICY, policy, batch.inputs, batch.actions)
 
 
-def limits(tiny):
-    """Episodes of 1 to 17 steps, cut at 12: some terminate and some are truncated."""
-    return tiny.params(longest=17, max_steps=12, step_reward=0.5)
+def limits(tiny, controlled):
+    """Episodes of 1 to 17 steps: some terminate, and some are cut, by the environment or at the horizon."""
+    return tiny.params(longest=17, max_steps=12 if controlled is FORCED else 100, step_reward=0.5)
 
 
 @pytest.mark.parametrize("controlled", [LEARNED, FORCED], ids=["learned", "forced"])
 def test_recomputed_log_probabilities_are_those_of_the_rollout(tiny, frozen, policy, controlled):
-    batch, _, log_prob_BM = rolled(controlled, tiny, limits(tiny), frozen, policy)
+    batch, _, log_prob_BM = rolled(controlled, tiny, limits(tiny, controlled), frozen, policy)
     difference = np.abs(np.where(batch.mask_BL, log_prob_BM - batch.log_prob_BL, 0))
     assert difference.max() < 1e-5
     assert np.ptp(np.asarray(batch.log_prob_BL)[np.asarray(batch.mask_BL)]) > 0.5
 
 
 def test_the_learned_gate_opens_at_reset_and_so_often_at_most(tiny, frozen, policy):
-    batch, raw, _ = rolled(LEARNED, tiny, limits(tiny), frozen, policy)
+    batch, raw, _ = rolled(LEARNED, tiny, limits(tiny, LEARNED), frozen, policy)
     open_BL, valid_BL = np.asarray(raw["open_BL"]), np.asarray(raw["valid_BL"])
     assert open_BL[:, 0].all()
     assert not (open_BL & ~valid_BL).any()
@@ -77,16 +77,17 @@ def test_the_learned_gate_opens_at_reset_and_so_often_at_most(tiny, frozen, poli
 
 
 def test_the_forced_gate_opens_at_every_step(tiny, frozen, policy):
-    batch, raw, _ = rolled(FORCED, tiny, limits(tiny), frozen, policy)
+    batch, raw, _ = rolled(FORCED, tiny, limits(tiny, FORCED), frozen, policy)
     np.testing.assert_array_equal(raw["open_BL"], raw["valid_BL"])
     np.testing.assert_array_equal(batch.mask_BL, raw["valid_BL"])
 
 
 @pytest.mark.parametrize("controlled", [LEARNED, FORCED], ids=["learned", "forced"])
 def test_the_fast_rollout_is_the_environment_step_for_step(tiny, frozen, policy, controlled):
-    batch, raw, _ = rolled(controlled, tiny, limits(tiny), frozen, policy)
+    batch, raw, _ = rolled(controlled, tiny, limits(tiny, controlled), frozen, policy)
     env = InternalEnv(tiny, controlled, L)
-    params = InternalParams(limits(tiny), frozen)
+    assert (env.observation_size, env.action_size) == (D, Z)
+    params = InternalParams(limits(tiny, controlled), frozen)
 
     @jax.jit
     def episodes(reset_key_B, z_BMZ):
@@ -110,37 +111,19 @@ def test_the_fast_rollout_is_the_environment_step_for_step(tiny, frozen, policy,
     state, (e_BMD, reward_BM, ended_BM, raw_BM) = episodes(jax.random.split(k_reset, B), batch.actions)
     mask_BM = np.asarray(batch.mask_BL)
     np.testing.assert_allclose(e_BMD[mask_BM], batch.inputs[mask_BM], rtol=1e-4, atol=1e-4)
-    # The last code of an episode is held to its end, and nothing happens after it.
+    # The last code of an episode is held to its end, and nothing happens after it, whatever the code.
     last_B = mask_BM.sum(1) - 1
     np.testing.assert_array_equal(ended_BM, np.arange(mask_BM.shape[1])[None] >= last_B[:, None])
     np.testing.assert_allclose(reward_BM.sum(1), batch.return_B, rtol=1e-5)
     assert not reward_BM[~mask_BM].any()
+    assert not raw_BM[~mask_BM].any()
     # A code is held until the step at which the fast rollout's gate opens.
     for b, length in enumerate(raw["valid_BL"].sum(1)):
         opened = np.flatnonzero(raw["open_BL"][b])
         np.testing.assert_array_equal(raw_BM[b][mask_BM[b]], np.diff([*opened, length]))
     jax.tree.map(np.testing.assert_array_equal, state.raw, raw["final_state"])
-
-
-def test_an_episode_that_has_ended_stays_as_it_is(tiny, frozen):
-    env = InternalEnv(tiny, LEARNED, horizon=2)
-    params = InternalParams(tiny.params(longest=17), frozen)
-
-    @jax.jit
-    def twice(key):
-        _, state = env.reset_env(key, params)
-        code = jnp.ones(Z)
-        _, ended, _, _, info = env.step_env(jax.random.key(1), state, code, params)
-        _, ended, _, _, _ = env.step_env(jax.random.key(2), ended, code, params)
-        return info, ended, env.step_env(jax.random.key(3), ended, -code, params)
-
-    info, ended, (_, after, reward, terminated, nothing) = twice(jax.random.key(0))
-    assert int(info["raw_steps"]) in (1, 2)
-    assert int(ended.time) == 2
-    assert bool(env.is_truncated(after, params))
-    assert (float(reward), bool(terminated), int(nothing["raw_steps"])) == (0.0, False, 0)
-    jax.tree.map(np.testing.assert_array_equal, after._replace(switches=ended.switches), ended)
-    assert (env.observation_size, env.action_size) == (D, Z)
+    assert set(state.terminated.tolist()) == {True, False}
+    assert int(state.time.max()) == (12 if controlled is FORCED else L)
 
 
 LEARNER = BackboneConfig(inputs=5, heads=(("action", 3),), mixers=("rglru",), width=8, mlp=11, attention_heads=2)

@@ -15,6 +15,7 @@ ACTION_BL = jnp.asarray(RNG.integers(4, size=(5, 3)))
 MASK_BL = jnp.arange(3)[None] < jnp.array([[3], [1], [2], [3], [1]])
 
 
+@jax.jit
 def loss_gradient(logits_BLA, return_B):
     old_BL = categorical_log_prob(LOGITS_BLA, ACTION_BL)
     advantage_BL = jnp.broadcast_to(group_advantage(return_B)[:, None], old_BL.shape)

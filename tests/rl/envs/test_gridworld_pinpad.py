@@ -135,7 +135,7 @@ def settings_of_any_size(draw):
 
 
 # Every example compiles a program of its own.
-@settings(max_examples=9)
+@settings(max_examples=6)
 @given(settings_of_any_size())
 def test_any_size_is_as_defined(oracle, setting):
     env, tasks, seed = setting
