@@ -187,7 +187,7 @@ def abstract_rollout(
         z_BMZ=jnp.zeros((B, M, Z)),
         log_prob_BM=jnp.zeros((B, M)),
     )
-    episodes, (switches_B, *abstract) = rollout(
+    episodes, (switches_B, e_BMD, z_BMZ, log_prob_BM) = rollout(
         key,
         env,
         env_params,
@@ -197,7 +197,7 @@ def abstract_rollout(
         config.horizon,
         keep=lambda memory: (memory.switches_B, memory.e_BMD, memory.z_BMZ, memory.log_prob_BM),
     )
-    batch = Batch(*abstract, jnp.arange(M)[None] < switches_B[:, None], episodes.return_B)
+    batch = Batch(e_BMD, z_BMZ, log_prob_BM, jnp.arange(M)[None] < switches_B[:, None], episodes.return_B)
     open_BL, watched = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), episodes.recorded)
     raw = {"open_BL": open_BL, "valid_BL": episodes.valid_TB.T, "watched": watched, "final_state": episodes.final_state}
     return batch, raw

@@ -28,7 +28,7 @@ class Options:
     from_scratch: bool = False
     """Train the base model even where a trained one is shipped."""
     stages: tuple[pipeline.Stage, ...] = pipeline.STAGES
-    """Stages to run; each needs those before it, in this call or an earlier one on the same directory."""
+    """Stages to run. All need the base model, which is made first if need be; reinforce needs discover."""
     seeds: int | None = None
     """Seeds of reinforcement learning; short for --reinforce.seeds."""
 

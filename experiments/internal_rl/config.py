@@ -170,14 +170,16 @@ class Discover:
     """
 
     optimiser: AdamWConfig = AdamWConfig(
-        learning_rate=2e-3, weight_decay=0.03, steps=2000, batch=32, warmup=100, schedule="cosine"
+        learning_rate=3e-3, weight_decay=0.03, steps=3000, batch=32, warmup=100, schedule="cosine"
     )
-    metacontroller: MetacontrollerConfig = MetacontrollerConfig()
-    alphas: tuple[float, ...] = (0.05, 0.17, 0.5)
-    chosen: float = 0.17
-    alpha_start: float = 0.0
-    hold: float = 0.0
-    ramp: float = 0.0
+    metacontroller: MetacontrollerConfig = MetacontrollerConfig(
+        gate="straight_through", gate_bias=-1.5, initial_log_sigma=-2.0
+    )
+    alphas: tuple[float, ...] = (0.05, 0.15, 0.25)
+    chosen: float = 0.15
+    alpha_start: float = 1e-4
+    hold: float = 0.2
+    ramp: float = 0.35
     held_out: int = 512
     """Held-out demonstrations that the gate is measured on."""
 

@@ -47,11 +47,8 @@ def run_stages(
     run: RunDirectory, config: Config, stages: tuple[Stage, ...], *, from_scratch: bool = False
 ) -> dict[str, Any]:
     """Run the given stages in order, then write result.json and report.html from all that is done."""
-    for stage in stages:
-        needs = {"probe": "pretrain", "control": "pretrain", "discover": "pretrain", "reinforce": "discover"}.get(stage)
-        done = {"pretrain": "base.npz", "discover": "metacontrollers.npz"}
-        if needs and needs not in stages and not (run.path / done[needs]).exists():
-            raise RunError(f"stage {stage} needs stage {needs}, which this run has not done: add it to --stages")
+    if "reinforce" in stages and "discover" not in stages and not (run.path / "metacontrollers.npz").exists():
+        raise RunError("stage reinforce needs stage discover, which this run has not done: add it to --stages")
     models = base_models(run, config, from_scratch=from_scratch)
     model = models[-1]
     if "probe" in stages:

@@ -72,6 +72,10 @@ def paper() -> Config:
             optimiser=AdamWConfig(learning_rate=1e-3, weight_decay=0.03, steps=64_000, batch=512),
             metacontroller=MetacontrollerConfig(width=256, embedder_width=256),
             alphas=(0.0, 0.05, 0.1, 0.17, 0.3, 0.5, 1.0),
+            chosen=0.17,
+            alpha_start=0.0,
+            hold=0.0,
+            ramp=0.0,
         ),
         reinforce=Reinforce(
             grpo=GRPOConfig(batch=1024),

@@ -9,7 +9,8 @@ Observation codings, both one-hot throughout, so that an observation is a tuple 
 
 - ``absolute`` (the paper's): for every wall, every colour and the agent, one-hot of its cell: G^2 (W + O + 1) features.
 - ``relative`` (what the paper gives its ant, here on the grid): for every colour and wall, one-hot row offset and
-  one-hot column offset from the agent, 2G - 1 values each, then the agent's row and column, G values each.
+  one-hot column offset from the agent, 2G - 1 values each, then the agent's row and column, G values each, then what
+  lies on the cell in each of the four directions: nothing, a wall or the edge, or one of the colours (O + 2 values).
 
 Decisions where the paper is silent: cells are numbered row by row; actions are up, down, left, right; the agent starts
 on an empty cell; stepping onto the colour visited last counts as a wrong colour unless the task asks for it again; an
@@ -108,7 +109,8 @@ class GridworldPinpad(environment.Environment[EnvState, EnvParams]):
         """Sizes of the categorical factors whose one-hot codes make up an observation."""
         if self.coding == "absolute":
             return (self.size**2,) * (self.walls + self.colours + 1)
-        return (2 * self.size - 1,) * (2 * (self.colours + self.walls)) + (self.size,) * 2
+        offsets = (2 * self.size - 1,) * (2 * (self.colours + self.walls))
+        return (*offsets, *(self.size,) * 2, *(self.colours + 2,) * self.num_actions)
 
     @property
     def observation_size(self) -> int:
@@ -157,14 +159,19 @@ class GridworldPinpad(environment.Environment[EnvState, EnvParams]):
         offsets = jnp.stack([objects_J // self.size - row, objects_J % self.size - column], axis=-1)
         relative = jax.nn.one_hot(offsets + self.size - 1, 2 * self.size - 1, dtype=jnp.float32)
         own = jax.nn.one_hot(jnp.stack([row, column]), self.size, dtype=jnp.float32)
-        return jnp.concatenate([relative.reshape(-1), own.reshape(-1)])
+        landing_A = self.landing_cells(agent, objects_J)
+        colour_A = jax.vmap(self.colour_at, in_axes=(0, None))(landing_A, objects_J)
+        content_A = jnp.where(landing_A == agent, 1, jnp.where(colour_A >= 0, colour_A + 2, 0))
+        around = jax.nn.one_hot(content_A, self.colours + 2, dtype=jnp.float32)
+        return jnp.concatenate([relative.reshape(-1), own.reshape(-1), around.reshape(-1)])
 
     def decode(self, obs_F: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Agent cell and object cells of an observation: the inverse of `encode`."""
         if self.coding == "absolute":
             cells = obs_F.reshape(-1, self.size**2).argmax(-1).astype(jnp.int32)
             return cells[-1], jnp.concatenate([cells[self.walls : -1], cells[: self.walls]])
-        relative, own = obs_F[: -2 * self.size], obs_F[-2 * self.size :]
+        offsets_end = 2 * (self.colours + self.walls) * (2 * self.size - 1)
+        relative, own = obs_F[:offsets_end], obs_F[offsets_end : offsets_end + 2 * self.size]
         own = own.reshape(2, self.size).argmax(-1).astype(jnp.int32)
         offsets = relative.reshape(-1, 2, 2 * self.size - 1).argmax(-1).astype(jnp.int32) - (self.size - 1)
         at = own[None] + offsets

@@ -18,9 +18,9 @@ class Mixer(NamedTuple):
     """The functions of one mixer, as `MIXERS` holds them.
 
     `config(width, heads, init_scale, context)` builds a config; `init(key, config)` its parameters;
-    `apply(params, config, x_BLD, segment_ids)` is the parallel form, where segments are runs of one id (B, L) that does
-    not come back later; `init_state(config, batch, length)` serves sequences of at most `length`, and
-    `step(params, config, x_BD, state)` gives (y_BD, state).
+    `apply(params, config, x_BLD, segment_ids)` is the parallel form, where a run of one id (B, L) is a sequence of its
+    own; `init_state(config, batch, length)` serves sequences of at most `length`, and `step(params, config, x_BD,
+    state)` gives (y_BD, state).
     """
 
     config: Callable[..., Any]

@@ -81,12 +81,12 @@ def apply(params: Params, config: RGLRUConfig, x_BLD: jax.Array, segment_ids: ja
     L, W = x_BLD.shape[1], config.kernel
     u_BLN = x_BLD @ params["input"]
     padded = jnp.pad(u_BLN, ((0, 0), (W - 1, 0), (0, 0)))
+    runs_BL = None if segment_ids is None else segment_runs(segment_ids)
     conv_BLN = params["conv_bias"][None, None]
     for lag in range(W):
         tap_BLN = padded[:, W - 1 - lag : W - 1 - lag + L]
-        if segment_ids is not None:
+        if runs_BL is not None:
             # Steps before the first see the zeros of the padding, whatever their segment.
-            runs_BL = segment_runs(segment_ids)
             delayed_BL = jnp.pad(runs_BL, ((0, 0), (lag, 0)))[:, :L]
             tap_BLN = tap_BLN * (runs_BL == delayed_BL)[..., None]
         conv_BLN = conv_BLN + tap_BLN * params["conv"][W - 1 - lag][None, None]

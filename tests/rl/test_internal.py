@@ -10,6 +10,8 @@ import pytest
 from rl import Controlled, Frozen, GRPOConfig, InternalEnv, InternalParams, PolicyConfig, grpo, internal
 from seqmod import BackboneConfig, MetacontrollerConfig, backbone, metacontroller
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 B, L, M, D, Z = 11, 13, 5, 6, 3
 MODEL = BackboneConfig(
     inputs=5, heads=(("action", 3),), mixers=("attention", "rglru"), width=D, mlp=11, attention_heads=2, context=20

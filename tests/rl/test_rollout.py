@@ -10,6 +10,8 @@ import pytest
 
 from rl.rollout import Episodes, Step, rollout
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 B, T = 11, 7
 
 

@@ -9,7 +9,9 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from seqmod import Metacontroller, MetacontrollerConfig, metacontroller
+from seqmod import Metacontroller, MetacontrollerConfig, backbone, metacontroller
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 B, L, D, Z, H, S, R = 2, 7, 5, 3, 4, 6, 2
 CONFIG = MetacontrollerConfig(
@@ -98,7 +100,8 @@ def reference(params, config, e_LD, s_LS, noise_LZ, gate_L, *, forced_beta=None,
     ("gate", "options"),
     [
         ("sigmoid", {}),
-        ("gumbel", {"binary": True}),
+        ("gumbel", {}),
+        ("sigmoid", {"binary": True}),
         ("straight_through", {"gate_noise": False, "deterministic": True}),
         ("sigmoid", {"forced_beta": 0.3}),
     ],
@@ -111,18 +114,34 @@ def test_unroll_against_the_equations(params, gate, options):
     gate_BL = np.float64(jax.random.logistic(k_gate, (B, L))) * options.get("gate_noise", True)
     flags = {name: options[name] for name in ("forced_beta", "binary") if name in options}
     s_BLS = embed(CONFIG, params)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
     for b in range(B):
         inputs = (np.float64(x[b]) for x in (E_BLD, s_BLS, noise_BLZ, gate_BL))
         z, beta, mu, log_sigma = reference(params, config, *inputs, **flags)
-        np.testing.assert_allclose(out.mu_BLZ[b], mu, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(out.log_sigma_BLZ[b], log_sigma, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(out.beta_BL[b], beta, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(out.mu_BLZ[b], mu, **tolerance)
+        np.testing.assert_allclose(out.log_sigma_BLZ[b], log_sigma, **tolerance)
+        np.testing.assert_allclose(out.beta_BL[b], beta, **tolerance)
         np.testing.assert_allclose(out.z_BLZ[b], z, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(out.kl_BL[b], kl(mu, log_sigma), rtol=1e-4)
     assert out.log_sigma_BLZ.max() == 2
     assert (out.beta_BL[:, 0] == 1).all()
     if options.get("binary") or gate == "straight_through":
         assert set(np.unique(out.beta_BL)) == {0, 1}
+
+
+def test_gates_by_hand():
+    logit, noise = jnp.array([-2.0, 0.1, 0.3, 1.0]), jnp.array([0.5, -0.05, -0.5, 0.25])
+    plain, soft = sigmoid(np.float64(logit)), sigmoid(np.float64(logit + noise) / 0.7)
+    for gate, expected, slope in (
+        ("sigmoid", plain, plain * (1 - plain)),
+        ("gumbel", soft, soft * (1 - soft) / 0.7),
+        ("straight_through", soft > 0.5, soft * (1 - soft) / 0.7),
+    ):
+        config = MetacontrollerConfig(gate=gate, gate_temperature=0.7)
+        beta, pull_back = jax.vjp(lambda logit, config=config: metacontroller.relax(config, logit, noise), logit)
+        np.testing.assert_allclose(beta, expected, rtol=1e-5)
+        np.testing.assert_allclose(pull_back(jnp.ones(4))[0], slope, rtol=1e-5)
+    assert 0.5 < soft[1] < 0.55
 
 
 def test_kl_is_that_of_the_proposals_to_a_standard_normal(params):
@@ -199,13 +218,24 @@ def test_what_the_embedder_sees(params, config):
 
 
 @pytest.mark.parametrize("config", [CONFIG, SUFFIX], ids=lambda config: config.embedder)
-def test_padding_leaves_the_embedding_before_it_as_it_was(params, config):
+def test_the_embedding_is_that_of_the_sequence_without_its_padding(params, config):
     """All else that `unroll` computes is causal: the equations hold in a sequence with padding and one without."""
-    alone = embed(config, params, E_BLD[1:, :4], VALID_BL[1:, :4])
+    length = 4
+
+    @jax.jit
+    def readers(params, x_1LD):
+        both = params["embedder"], jnp.stack([x_1LD, x_1LD[:, ::-1]])
+        return jax.vmap(lambda p, x: backbone.apply(p, config.embedder_config, x)[0]["summary"][0])(*both)
+
+    x_LD = jnp.stack([jnp.asarray(normalise(np.float64(e_D)), jnp.float32) for e_D in E_BLD[1, :length]])
+    forward_LS, backward_LS = readers(params, x_LD[None])
+    if config.embedder == "summary":
+        expected_LS = np.tile(forward_LS[-1] + backward_LS[-1], (length, 1))
+    else:
+        expected_LS = backward_LS[::-1]
     for filling in (0.0, 9.0):
-        padded = embed(config, params, jnp.where(VALID_BL[..., None], E_BLD, filling))
-        np.testing.assert_allclose(padded[1, :4], alone[0], rtol=1e-4, atol=1e-5)
-        assert np.abs(padded[0, :4] - alone[0]).max() > 0.01
+        s_BLS = embed(config, params, jnp.where(VALID_BL[..., None], E_BLD, filling))
+        np.testing.assert_allclose(s_BLS[1, :length], expected_LS, rtol=1e-4, atol=1e-5)
 
 
 # The step form, which reinforcement learning uses

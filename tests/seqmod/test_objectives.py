@@ -6,6 +6,8 @@ import pytest
 
 from seqmod.objectives import categorical_nll, factored_nll, masked_mean
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 RNG = np.random.default_rng(0)
 
 

@@ -57,7 +57,19 @@ class Oracle:
                 ones.append(at + cell[axis] - self.agent[axis] + self.size - 1)
                 at += 2 * self.size - 1
         ones += [at + self.agent[0], at + self.size + self.agent[1]]
-        features = np.zeros(at + 2 * self.size, np.float32)
+        at += 2 * self.size
+        for step in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+            cell = (self.agent[0] + step[0], self.agent[1] + step[1])
+            inside = 0 <= cell[0] < self.size and 0 <= cell[1] < self.size
+            if not inside or cell in [tuple(wall) for wall in self.walls]:
+                content = 1
+            elif cell in [tuple(colour) for colour in self.colours]:
+                content = 2 + [tuple(colour) for colour in self.colours].index(cell)
+            else:
+                content = 0
+            ones.append(at + content)
+            at += 2 + len(self.colours)
+        features = np.zeros(at, np.float32)
         features[ones] = 1
         return features
 
