@@ -17,14 +17,14 @@ Stage = Literal["pretrain", "probe", "control", "discover", "reinforce"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
-def base_models(run: RunDirectory, config: Config, *, from_scratch: bool) -> list[Params]:
+def base_models(run: RunDirectory, config: Config, *, from_scratch: bool) -> pretrain.Snapshots:
     """The base model's snapshots: those of this run, the shipped ones if they fit, or freshly trained ones."""
     kept = run.path / "base.npz"
     if kept.exists():
         return pretrain.load_base(kept, config)
     if not from_scratch and pretrain.SHIPPED.exists():
         _, stored = load_params(pretrain.SHIPPED)
-        if not differences(stored, pretrain.what_makes_a_base(config)):
+        if not differences(stored["made_by"], pretrain.what_makes_a_base(config)):
             print(f"pretrain: starting from the shipped base model {pretrain.SHIPPED.name}")
             models = pretrain.load_base(pretrain.SHIPPED, config)
             pretrain.save_base(kept, config, models)
@@ -50,7 +50,7 @@ def run_stages(
     if "reinforce" in stages and "discover" not in stages and not (run.path / "metacontrollers.npz").exists():
         raise RunError("stage reinforce needs stage discover, which this run has not done: add it to --stages")
     models = base_models(run, config, from_scratch=from_scratch)
-    model = models[-1]
+    model = models[1.0]
     if "probe" in stages:
         accuracy_N = probe.probe(run, config, models)["accuracy_SN"][-1]
         print("probe: subgoal accuracy by layer " + " ".join(f"{accuracy:.2f}" for accuracy in accuracy_N))
@@ -101,7 +101,7 @@ def conclude(run: RunDirectory, config: Config) -> dict[str, Any]:
     if run.is_done("probe"):
         results, arrays = run.stage_results("probe")
         measured["probe_accuracy"] = results["accuracy"][-1]
-        names = ["untrained", *(f"after {share:.0%}" for share in config.pretrain.snapshots), "trained"]
+        names = ["untrained" if share == 0 else f"{share:.0%} of training" for share in results["trained"]]
         image = figures.probe_figure(run.figure("probe.png"), arrays, names)
         best = max(results["accuracy"][-1])
         claims.append(

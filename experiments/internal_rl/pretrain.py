@@ -51,9 +51,13 @@ def what_makes_a_base(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(parts))
 
 
-def pretrain(run: RunDirectory, config: Config) -> list[Params]:
-    """Train from scratch. Returns the parameters at initialisation, at each snapshot, and at the end; keeps them in the
-    run directory as `base.npz`."""
+Snapshots = dict[float, Params]
+"""Parameters by the fraction of training they have behind them, from 0.0 to 1.0, in that order."""
+
+
+def pretrain(run: RunDirectory, config: Config) -> Snapshots:
+    """Train from scratch. Returns the model at initialisation, at each snapshot, and at the end; keeps them in the run
+    directory as `base.npz`."""
     settings = config.pretrain
     tx = settings.optimiser.make()
     k_init, k_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
@@ -66,7 +70,7 @@ def pretrain(run: RunDirectory, config: Config) -> list[Params]:
     )
     total = settings.optimiser.steps // settings.chunk
     stops = sorted({max(1, round(fraction * total)) for fraction in settings.snapshots} | {total})
-    models, done = [state.params], 0
+    models, done = {0.0: state.params}, 0
     for index, stop in enumerate(stops):
         state, _ = train_chunks(
             run,
@@ -79,28 +83,29 @@ def pretrain(run: RunDirectory, config: Config) -> list[Params]:
             config=what_makes_a_base(config),
             checkpoint_every=5,
         )
-        models.append(state.params)
+        models[stop / total] = state.params
         done = stop
     save_base(run.path / "base.npz", config, models)
     return models
 
 
-def save_base(path: Path, config: Config, models: list[Params]) -> None:
+def save_base(path: Path, config: Config, models: Snapshots) -> None:
     """Keep a base model and its snapshots in one file, stacked along a leading axis."""
-    export_params(path, jax.tree.map(lambda *leaves: jnp.stack(leaves), *models), what_makes_a_base(config))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models.values())
+    export_params(path, stacked, {"trained": list(models), "made_by": what_makes_a_base(config)})
 
 
-def load_base(path: Path, config: Config) -> list[Params]:
+def load_base(path: Path, config: Config) -> Snapshots:
     """Models kept by `save_base`. Raises CheckpointMismatch where the file is of another configuration."""
     stacked, stored = load_params(path)
-    wrong = differences(stored, what_makes_a_base(config))
+    wrong = differences(stored["made_by"], what_makes_a_base(config))
     if wrong:
         raise CheckpointMismatch(
             f"{path.name} is the base model of another configuration:\n  "
             + "\n  ".join(wrong)
             + "\ntrain one for this configuration with --from-scratch"
         )
-    return [pick(stacked, index) for index in range(len(stacked["norm"]))]
+    return {share: pick(stacked, index) for index, share in enumerate(stored["trained"])}
 
 
 def pick(stacked: Params, index: int) -> Params:

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.internal_rl.config import Config
-from experiments.internal_rl.pretrain import sampler
+from experiments.internal_rl.pretrain import Snapshots, sampler
 from experiments.runner import RunDirectory, train_chunks
 from seqmod import backbone, train
 from seqmod.mixers.base import Params, rms_norm
 from seqmod.objectives import categorical_nll, masked_mean
 
 
-def probe(run: RunDirectory, config: Config, models: list[Params]) -> dict[str, np.ndarray]:
+def probe(run: RunDirectory, config: Config, models: Snapshots) -> dict[str, np.ndarray]:
     """Train the probes. Returns, on held-out demonstrations and after S snapshots and N layers:
 
     `accuracy_SN`; `accuracy_NL` and `belief_NL` of the last snapshot by steps since the subgoal began (the probability
@@ -22,7 +22,7 @@ def probe(run: RunDirectory, config: Config, models: list[Params]) -> dict[str, 
         return run.stage_results("probe")[1]
     settings, width = config.probe, config.world.subgoal_colours
     snapshots, layers, subgoals = len(models), config.model.layers + 1, config.world.subgoals
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models.values())
     tx = settings.optimiser.make()
 
     def read(obs_BLF: jax.Array) -> jax.Array:
@@ -84,5 +84,5 @@ def probe(run: RunDirectory, config: Config, models: list[Params]) -> dict[str, 
         }
 
     arrays = {name: np.asarray(value) for name, value in evaluate(state.params, jax.random.fold_in(key, 1)).items()}
-    run.stage_done("probe", {"accuracy": arrays["accuracy_SN"].tolist()}, arrays)
+    run.stage_done("probe", {"accuracy": arrays["accuracy_SN"].tolist(), "trained": list(models)}, arrays)
     return arrays

@@ -90,12 +90,13 @@ def test_flags_reach_the_configuration():
 
 def test_base_model_of_another_configuration_is_refused(tmp_path):
     config = tiny()
-    models = [backbone.init(jax.random.key(seed), config.model) for seed in range(2)]
+    models = {share: backbone.init(jax.random.key(int(share)), config.model) for share in (0.0, 1.0)}
     save_base(tmp_path / "base.npz", config, models)
     loaded = load_base(tmp_path / "base.npz", config)
-    assert len(loaded) == 2
-    for one, other in zip(jax.tree.leaves(models), jax.tree.leaves(loaded), strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert list(loaded) == [0.0, 1.0]
+    for share in models:
+        for one, other in zip(jax.tree.leaves(models[share]), jax.tree.leaves(loaded[share]), strict=True):
+            np.testing.assert_array_equal(one, other)
     wider = dataclasses.replace(config, world=dataclasses.replace(config.world, walls=2))
     with pytest.raises(CheckpointMismatch, match="walls"):
         load_base(tmp_path / "base.npz", wider)
