@@ -64,12 +64,13 @@ def control(run: RunDirectory, config: Config, model: Params) -> dict[str, Any]:
     settings, shape, world = config.control, config.model, config.world
     tx = settings.optimiser.make()
     steps, per_call = settings.optimiser.steps, min(settings.optimiser.steps, 100)
-    k_init, k_train, k_eval = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 3), 3)
+    key = jax.random.fold_in(jax.random.key(config.seed), 3)
     sample = sampler(config, settings.optimiser.batch)
     post, pre = world.post_training_params, world.pretraining_params
     measured: dict[str, Any] = {"success_by_layer": [], "nll_by_layer": [], "pretraining_success_by_layer": []}
 
     for layer in range(shape.layers + 1):
+        k_init, k_train, k_post, k_pre = jax.random.split(jax.random.fold_in(key, layer), 4)
         D, R, G = shape.width, settings.rank, world.subgoals
         controllers = {"down": scaled_normal(k_init, (G, R, D), D, 1.0), "up": jnp.zeros((G, D, R))}
 
@@ -94,18 +95,19 @@ def control(run: RunDirectory, config: Config, model: Params) -> dict[str, Any]:
             checkpoint_every=3,
         )
         run_episodes = jax.jit(steered_rollout, static_argnums=(0, 3, 6))
-        on_post = run_episodes(config, model, state.params, layer, post, k_eval, settings.episodes)
-        on_pre = run_episodes(config, model, state.params, layer, pre, k_eval, settings.episodes)
+        on_post = run_episodes(config, model, state.params, layer, post, k_post, settings.episodes)
+        on_pre = run_episodes(config, model, state.params, layer, pre, k_pre, settings.episodes)
         measured["success_by_layer"].append(float(on_post.return_B.mean()))
         measured["pretraining_success_by_layer"].append(float(on_pre.return_B.mean()))
         measured["nll_by_layer"].append(float(np.mean(metrics["action_nll"][-100:])))
 
     alone = jax.jit(lambda key, params: steered_rollout(config, model, None, config.layer, params, key, 4096).return_B)
     rounds = -(-settings.raw_episodes // 4096)
-    raw = [float(alone(jax.random.fold_in(k_eval, index), post).mean()) for index in range(rounds)]
+    k_raw, k_base = jax.random.split(jax.random.fold_in(key, shape.layers + 1))
+    raw = [float(alone(jax.random.fold_in(k_raw, index), post).mean()) for index in range(rounds)]
     measured["raw_success"] = float(np.mean(raw))
     measured["raw_episodes"] = rounds * 4096
-    measured["base_success"] = float(alone(k_eval, pre).mean())
+    measured["base_success"] = float(alone(k_base, pre).mean())
     measured["ceiling"] = measured["success_by_layer"][config.layer]
     run.stage_done("control", measured)
     return measured

@@ -179,7 +179,7 @@ def conclude(run: RunDirectory, config: Config) -> dict[str, Any]:
                 f"median success {internal:.2f} against {raw:.1e} ({len(finals['internal'])} seeds, "
                 f"{success['internal'].shape[1] * config.reinforce.grpo.batch:,} episodes each; "
                 f"true-subgoal controllers {honest:.2f})",
-                internal >= 0.8 * honest and raw <= 0.1 * honest,
+                honest >= 0.1 and internal >= 0.8 * honest and raw <= 0.1 * honest,
             )
         )
         image = figures.reinforcement_figure(

@@ -66,19 +66,20 @@ def probe(run: RunDirectory, config: Config, models: Snapshots) -> dict[str, np.
         demos = sampler(config, 256)(key)
         label_BL = demos.target_BL // width
         belief = jax.nn.softmax(logits(probes, read(demos.obs_BLF)))
-        right = (belief.argmax(-1) == label_BL) & demos.valid_BL
-        index = jnp.broadcast_to(label_BL, belief.shape[:-1])[..., None]
-        true_belief = jnp.take_along_axis(belief, index, axis=-1)[..., 0]
+        label_SNBL = jnp.broadcast_to(label_BL, belief.shape[:-1])
+        right = (belief.argmax(-1) == label_SNBL) & demos.valid_BL[None, None]
+        true_belief = jnp.take_along_axis(belief, label_SNBL[..., None], axis=-1)[..., 0]
         new_BL = jnp.concatenate([jnp.ones((len(label_BL), 1), bool), label_BL[:, 1:] != label_BL[:, :-1]], axis=1)
         time_BL = jnp.arange(label_BL.shape[1])[None]
         since_BL = time_BL - jax.lax.cummax(jnp.where(new_BL, time_BL, 0), axis=1)
-        by_age_LBL = (since_BL[None] == jnp.arange(config.world.window)[:, None, None]) & demos.valid_BL
+        by_age_LBL = (since_BL[None] == jnp.arange(config.world.window)[:, None, None]) & demos.valid_BL[None]
         counts_L = by_age_LBL.sum((1, 2))
         shares_G = jnp.array([((label_BL == g) & demos.valid_BL).sum() for g in range(subgoals)])
         return {
             "accuracy_SN": right.sum((2, 3)) / demos.valid_BL.sum(),
-            "accuracy_NL": jnp.einsum("LBT,NBT->NL", by_age_LBL.astype(float), right[-1].astype(float)) / counts_L,
-            "belief_NL": jnp.einsum("LBT,NBT->NL", by_age_LBL.astype(float), true_belief[-1]) / counts_L,
+            "accuracy_NL": jnp.einsum("LBT,NBT->NL", by_age_LBL.astype(float), right[-1].astype(float))
+            / counts_L[None],
+            "belief_NL": jnp.einsum("LBT,NBT->NL", by_age_LBL.astype(float), true_belief[-1]) / counts_L[None],
             "counts_L": counts_L,
             "chance": shares_G.max() / demos.valid_BL.sum(),
         }

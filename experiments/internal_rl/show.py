@@ -63,7 +63,7 @@ def internal_episode(config: Config, model: Params, metacontroller: Params, poli
 
 def episodes(run: RunDirectory, config: Config, model: Params, metacontroller: Params, policy: Params) -> None:
     """Write figures/before.gif and figures/after.gif."""
-    key = jax.random.fold_in(jax.random.key(config.seed), 9)
-    episode_gif(run.figure("before.gif"), episode_frames(base_episode(config, model, key), cell=28))
-    after = internal_episode(config, model, metacontroller, policy, key)
+    k_before, k_after = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 9))
+    episode_gif(run.figure("before.gif"), episode_frames(base_episode(config, model, k_before), cell=28))
+    after = internal_episode(config, model, metacontroller, policy, k_after)
     episode_gif(run.figure("after.gif"), episode_frames(after, cell=28))
