@@ -33,13 +33,17 @@ class AdamWConfig:
                 f"and warmup {self.warmup} below steps"
             )
 
+    def rate(self, step: int | jax.Array) -> jax.Array:
+        """Learning rate of a step, counted from 0."""
+        warm = jnp.minimum((step + 1) / (self.warmup + 1), 1.0)
+        if self.schedule == "constant":
+            return self.learning_rate * warm
+        done = jnp.clip((step - self.warmup) / (self.steps - self.warmup), 0.0, 1.0)
+        return self.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + jnp.cos(jnp.pi * done)))
+
     def make(self) -> optax.GradientTransformation:
         """The optimiser."""
-        peak = self.learning_rate
-        rate = optax.warmup_cosine_decay_schedule(0.0, peak, self.warmup, self.steps, 0.02 * peak)
-        if self.schedule == "constant":
-            rate = optax.warmup_constant_schedule(0.0, peak, self.warmup)
-        adamw = optax.adamw(rate, b2=self.beta2, weight_decay=self.weight_decay)
+        adamw = optax.adamw(self.rate, b2=self.beta2, weight_decay=self.weight_decay)
         return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), adamw)
 
 
