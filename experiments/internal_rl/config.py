@@ -144,7 +144,7 @@ class Pretrain:
 class Probe:
     """Linear probes of the subgoal, at every layer and snapshot."""
 
-    optimiser: AdamWConfig = AdamWConfig(learning_rate=3e-3, weight_decay=0.0, steps=300, batch=64)
+    optimiser: AdamWConfig = AdamWConfig(learning_rate=1e-2, weight_decay=0.0, steps=400, batch=64)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Reinforce:
 
     grpo: GRPOConfig = GRPOConfig()
     raw_grpo: GRPOConfig = GRPOConfig(epochs=1)
-    updates: int = 160
+    updates: int = 96
     learning_rate: float = 1e-3
     raw_learning_rate: float = 3e-5
     policy_width: int = 64

@@ -22,6 +22,7 @@ def probe_figure(path: Path, arrays: Mapping[str, np.ndarray], snapshots: Sequen
         left.plot(accuracy_N, marker="o", color=COLORS[0], alpha=shade, label=name)
     left.axhline(float(arrays["chance"]), color="0.5", linestyle=":", label="most frequent subgoal")
     left.set(xlabel="layer of the residual stream", ylabel="probe accuracy", title="Which subgoal is being pursued?")
+    left.set_xticks(range(accuracy_SN.shape[1]))
     seen = arrays["counts_L"] >= 100
     for layer, belief_L in enumerate(arrays["belief_NL"]):
         shade = 0.25 + 0.75 * (layer + 1) / len(arrays["belief_NL"])
@@ -95,7 +96,7 @@ def reinforcement_figure(
     fig, axes = figure(1, 2, width=5.0, height=3.4)
     for ax, scale in zip(axes[0], ("linear", "log"), strict=True):
         for (learner, success_SU), color in zip(success.items(), COLORS, strict=False):
-            width = max(1, min(window, success_SU.shape[1]))
+            width = max(1, min(window, success_SU.shape[1] // 4))
             smooth = np.stack([np.convolve(run, np.ones(width) / width, "valid") for run in success_SU])
             episodes = (np.arange(smooth.shape[1]) + width) * episodes_per_update
             floor = 0.0 if scale == "linear" else 0.5 / (width * episodes_per_update)

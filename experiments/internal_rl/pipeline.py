@@ -101,7 +101,8 @@ def conclude(run: RunDirectory, config: Config) -> dict[str, Any]:
     if run.is_done("probe"):
         results, arrays = run.stage_results("probe")
         measured["probe_accuracy"] = results["accuracy"][-1]
-        names = ["untrained" if share == 0 else f"{share:.0%} of training" for share in results["trained"]]
+        ends = {0.0: "untrained", 1.0: "trained"}
+        names = [ends.get(share, f"{share:.0%} of training") for share in results["trained"]]
         image = figures.probe_figure(run.figure("probe.png"), arrays, names)
         best = max(results["accuracy"][-1])
         claims.append(
