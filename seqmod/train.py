@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class AdamWConfig:
                 f"and warmup {self.warmup} below steps"
             )
 
-    def rate(self, step: int | jax.Array) -> jax.Array:
+    def rate(self, step: ArrayLike) -> jax.Array:
         """Learning rate of a step, counted from 0."""
+        step = jnp.asarray(step)
         warm = jnp.minimum((step + 1) / (self.warmup + 1), 1.0)
         if self.schedule == "constant":
             return self.learning_rate * warm
