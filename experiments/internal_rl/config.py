@@ -170,13 +170,13 @@ class Discover:
     """
 
     optimiser: AdamWConfig = AdamWConfig(
-        learning_rate=3e-3, weight_decay=0.03, steps=3000, batch=32, warmup=100, schedule="cosine"
+        learning_rate=3e-3, weight_decay=0.03, steps=3500, batch=32, warmup=100, schedule="cosine"
     )
     metacontroller: MetacontrollerConfig = MetacontrollerConfig(
         gate="straight_through", gate_bias=-1.5, initial_log_sigma=-2.0
     )
-    alphas: tuple[float, ...] = (0.05, 0.15, 0.25)
-    chosen: float = 0.15
+    alphas: tuple[float, ...] = (0.1, 0.17, 0.2)
+    chosen: float = 0.17
     alpha_start: float = 1e-4
     hold: float = 0.2
     ramp: float = 0.35

@@ -175,7 +175,7 @@ def measure(
         "base_nll": float(base_nll),
         "always_open": scores(np.ones_like(valid_BL)),
         "random": scores(np.random.default_rng(config.seed).random(valid_BL.shape) < rate),
-        "steps_per_subgoal": float(1 / rate),
+        "steps_per_subgoal": float(valid_BL.sum() / (changes + valid_BL[:, 0].sum())),
     }
     run.stage_done("gate", results, {"beta_ABL": np.stack(gates), "subgoal_BL": subgoal_BL, "valid_BL": valid_BL})
     return run.stage_results("gate")
