@@ -210,7 +210,7 @@ def test_libraries_print_nothing():
 def test_files_name_no_machine_and_no_registry():
     pattern = re.compile(
         r"(?<![\w.~-])/(root|home|Users|work|mnt|opt)/\w"
-        r"|\bpypi\.|pythonhosted\.|registry\.npmjs|index[-_]url|find[-_]links"
+        r"|\bpypi\.|python[h]osted\.|registry\.npmjs|index[-_]url|find[-_]links"
     )
     read = 0
     problems = []
