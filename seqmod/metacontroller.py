@@ -232,11 +232,14 @@ def unroll(
     deterministic: bool = False,
     gate_noise: bool = True,
     binary: bool = False,
+    view_BLD: jax.Array | None = None,
 ) -> Unrolled:
     """Run over expert sequences, future included.
 
     Args:
         e_BLD: residual stream of the frozen model at the controlled layer.
+        view_BLD: the same for a transformed copy of the sequences, which the embedder and the encoder read instead, so
+            that codes can only say what the transformation leaves as it is; the gate always reads e_BLD.
         valid_BL: steps that belong to the sequence (a prefix).
         forced_beta: a constant gate instead of the switching unit's from step 2 on (1.0 is the paper's
             forced-switching baseline).
@@ -247,9 +250,10 @@ def unroll(
     k_z, k_gate = jax.random.split(key)
     B, L, _ = e_BLD.shape
     h_BLH = history(params, config, e_BLD)
-    s_BLS = embed(params, config, e_BLD, valid_BL)
+    read_BLD, read_h_BLH = (e_BLD, h_BLH) if view_BLD is None else (view_BLD, history(params, config, view_BLD))
+    s_BLS = embed(params, config, read_BLD, valid_BL)
     encoder = params["encoder"]
-    seen = jnp.concatenate([_norm(e_BLD), h_BLH, s_BLS], axis=-1)
+    seen = jnp.concatenate([_norm(read_BLD), read_h_BLH, s_BLS], axis=-1)
     hidden = jax.nn.relu(seen @ encoder["hidden"] + _row(encoder["hidden_bias"], seen))
     mu_BLZ, log_sigma_BLZ = jnp.split(hidden @ encoder["out"] + _row(encoder["out_bias"], hidden), 2, axis=-1)
     log_sigma_BLZ = jnp.clip(log_sigma_BLZ, -5.0, 2.0)

@@ -34,14 +34,14 @@ class World:
     walls: int = 2
     coding: Coding = "relative"
     subgoal_colours: int = 1
-    task_length: int = 4
+    task_length: int = 3
     pretraining: tuple[str, ...] = ()
-    post_training: str = "01234"
+    post_training: str = "0123"
     withheld: tuple[str, ...] = ("01", "12", "23", "34", "40")
     """Subgoal transitions that no pretraining task may have; the post-training task's are withheld in any case."""
     horizon: int = 100
     """Steps after which an episode is truncated."""
-    window: int = 48
+    window: int = 40
     """Steps of a demonstration that the models are trained on."""
     noise: float = 0.0
     """The expert's eps in pretraining; all later stages use clean demonstrations."""
@@ -131,7 +131,7 @@ class Pretrain:
     """Base-model training: weight `observation_weight` (the paper's lambda) of the next-observation loss."""
 
     optimiser: AdamWConfig = AdamWConfig(
-        learning_rate=2e-3, weight_decay=0.05, steps=8000, batch=128, warmup=200, schedule="cosine"
+        learning_rate=2e-3, weight_decay=0.05, steps=10_000, batch=128, warmup=200, schedule="cosine"
     )
     observation_weight: float = 0.01
     chunk: int = 100
@@ -166,7 +166,8 @@ class Discover:
     """Metacontroller training on the frozen base, once for each KL weight in `alphas`.
 
     The weight is `alpha_start` for the first `hold` of training, then rises linearly over `ramp` of it. `chosen` is the
-    one that internal RL uses.
+    one that internal RL uses. With `turned_view` the encoder reads each demonstration as it would be in a world turned
+    or mirrored at random, so that a code cannot name a direction.
     """
 
     optimiser: AdamWConfig = AdamWConfig(
@@ -180,6 +181,7 @@ class Discover:
     alpha_start: float = 1e-4
     hold: float = 0.2
     ramp: float = 0.35
+    turned_view: bool = True
     held_out: int = 512
     """Held-out demonstrations that the gate is measured on."""
 

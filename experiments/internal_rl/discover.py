@@ -36,15 +36,27 @@ def trainer(
     alphas = jnp.array([settings.chosen] if forced else settings.alphas)
     tx = settings.optimiser.make()
     base_sample = sampler(config, settings.optimiser.batch)
+    turn = jax.vmap(jax.vmap(config.world.env.turn, in_axes=(0, None)))
 
     def sample(key):
-        demos = base_sample(key)
-        return demos, backbone.lower(model, shape, demos.obs_BLF, layer)
+        k_demos, k_turn = jax.random.split(key)
+        demos = base_sample(k_demos)
+        e_BLD = backbone.lower(model, shape, demos.obs_BLF, layer)
+        if not settings.turned_view:
+            return demos, e_BLD, None
+        symmetry_B = jax.random.randint(k_turn, (settings.optimiser.batch,), 0, 8)
+        return demos, e_BLD, backbone.lower(model, shape, turn(demos.obs_BLF, symmetry_B), shape.layers)
 
     def loss(params, batch, key, step, alpha):
-        demos, e_BLD = batch
+        demos, e_BLD, view_BLD = batch
         out = metacontroller.unroll(
-            params, settings.metacontroller, key, e_BLD, demos.valid_BL, forced_beta=1.0 if forced else None
+            params,
+            settings.metacontroller,
+            key,
+            e_BLD,
+            demos.valid_BL,
+            forced_beta=1.0 if forced else None,
+            view_BLD=view_BLD,
         )
         edited_BLD = metacontroller.control(params, e_BLD, out.z_BLZ)
         nll = action_nll(config, backbone.upper(model, shape, edited_BLD, layer), demos)

@@ -76,6 +76,7 @@ def paper() -> Config:
             alpha_start=0.0,
             hold=0.0,
             ramp=0.0,
+            turned_view=False,
         ),
         reinforce=Reinforce(
             grpo=GRPOConfig(batch=1024),

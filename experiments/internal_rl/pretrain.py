@@ -46,9 +46,15 @@ def loss(config: Config, params: Params, demos: Demonstrations) -> tuple[jax.Arr
 
 
 def what_makes_a_base(config: Config) -> dict[str, Any]:
-    """The part of the configuration that a base model depends on, as JSON can hold it."""
-    parts = {"world": dataclasses.asdict(config.world), "base": dataclasses.asdict(config.base)}
-    return json.loads(json.dumps(parts))
+    """The part of the configuration that a base model depends on, as JSON can hold it.
+
+    Of the tasks, that is the demonstrations' only: one base model serves every post-training task that leaves them as
+    they are.
+    """
+    world = dataclasses.asdict(config.world) | {"pretraining": config.world.pretraining_tasks}
+    for name in ("task_length", "post_training", "withheld"):
+        del world[name]
+    return json.loads(json.dumps({"world": world, "base": dataclasses.asdict(config.base)}))
 
 
 Snapshots = dict[float, Params]

@@ -177,6 +177,19 @@ class GridworldPinpad(environment.Environment[EnvState, EnvParams]):
         at = own[None] + offsets
         return own[0] * self.size + own[1], at[:, 0] * self.size + at[:, 1]
 
+    def turn(self, obs_F: jax.Array, symmetry: jax.Array) -> jax.Array:
+        """The observation as it would be in the turned or mirrored world: `symmetry` 0..7, 0 the identity."""
+        agent, objects_J = self.decode(obs_F)
+
+        def turned(cell: jax.Array) -> jax.Array:
+            row, column = cell // self.size, cell % self.size
+            row, column = jnp.where(symmetry & 4, column, row), jnp.where(symmetry & 4, row, column)
+            row = jnp.where(symmetry & 2, self.size - 1 - row, row)
+            column = jnp.where(symmetry & 1, self.size - 1 - column, column)
+            return row * self.size + column
+
+        return self.encode(turned(agent), turned(objects_J))
+
     def landing_cells(self, agent: jax.Array, objects_J: jax.Array) -> jax.Array:
         """Cell (4,) the agent would stand on after each action."""
         moves = jnp.array(_MOVES, jnp.int32)

@@ -199,6 +199,23 @@ def test_the_switching_unit_sees_the_future_only_through_the_code(params):
     assert (seen_LL[1:][np.tril_indices(L - 1, 0, L)] > 0).all()
 
 
+def test_a_view_is_what_the_encoder_reads_and_the_gate_does_not(params):
+    view_BLD = jnp.flip(E_BLD, axis=0) - 0.5
+    alone, other = unroll(CONFIG, params), unroll(CONFIG, params, view_BLD)
+    for one, two in zip(unroll(CONFIG, params, view_BLD=E_BLD), alone, strict=True):
+        np.testing.assert_array_equal(one, two)
+    mixed = unroll(CONFIG, params, view_BLD=view_BLD)
+    for name in ("mu_BLZ", "log_sigma_BLZ", "kl_BL"):
+        np.testing.assert_allclose(getattr(mixed, name), getattr(other, name), rtol=1e-6)
+    h_BH, z_BZ = jnp.zeros((B, H)), mixed.z_BLZ[:, 0]
+    for t in range(1, L):
+        h_BH = metacontroller.history_step(params, E_BLD[:, t - 1], h_BH)
+        beta_B = jax.nn.sigmoid(metacontroller.switch_logit(params, E_BLD[:, t], h_BH, z_BZ))
+        np.testing.assert_allclose(mixed.beta_BL[:, t], beta_B, rtol=1e-5)
+        z_BZ = mixed.z_BLZ[:, t]
+    assert np.abs(mixed.beta_BL - other.beta_BL).max() > 0.01
+
+
 @pytest.mark.parametrize("config", [CONFIG, SUFFIX], ids=lambda config: config.embedder)
 def test_what_the_embedder_sees(params, config):
     """Derivative of s_t by e_t': of the whole sequence, or of its suffix; never of the padding."""

@@ -11,7 +11,7 @@ from experiments.internal_rl.__main__ import parse
 from experiments.internal_rl.config import Config, Discover, World
 from experiments.internal_rl.discover import alpha_at
 from experiments.internal_rl.presets import PRESETS, paper, small, tiny
-from experiments.internal_rl.pretrain import load_base, loss, sampler, save_base
+from experiments.internal_rl.pretrain import SHIPPED, load_base, loss, sampler, save_base
 from seqmod import backbone
 from seqmod.checkpoint import CheckpointMismatch
 
@@ -100,6 +100,16 @@ def test_base_model_of_another_configuration_is_refused(tmp_path):
     wider = dataclasses.replace(config, world=dataclasses.replace(config.world, walls=2))
     with pytest.raises(CheckpointMismatch, match="walls"):
         load_base(tmp_path / "base.npz", wider)
+
+
+def test_the_shipped_base_serves_every_post_training_task_over_its_demonstrations():
+    config = small()
+    assert set(load_base(SHIPPED, config)) == {0.0, *config.pretrain.snapshots, 1.0}
+    longer = dataclasses.replace(config, world=dataclasses.replace(config.world, post_training="01230"))
+    load_base(SHIPPED, longer)
+    fewer = dataclasses.replace(config, world=dataclasses.replace(config.world, post_training="0213"))
+    with pytest.raises(CheckpointMismatch, match="pretraining"):
+        load_base(SHIPPED, fewer)
 
 
 def test_subgoals_must_be_runs_of_colours():

@@ -216,6 +216,28 @@ def test_observations_decode(coding):
     np.testing.assert_array_equal(np.add.reduceat(obs_EF, edges[:-1], axis=1), 1)
 
 
+@pytest.mark.parametrize("coding", ["absolute", "relative"])
+def test_turned_observations_are_those_of_the_turned_picture(coding):
+    env = GridworldPinpad(5, 3, 2, coding)
+    params = env.make_params([(0, 1)], 9)
+    obs_EF, state = reset_many(env, params, jax.random.key(3), 40)
+    turn = jax.jit(jax.vmap(env.turn, in_axes=(0, None)))
+    for symmetry in range(8):
+        turned_EF = np.asarray(turn(obs_EF, symmetry))
+        for episode in range(40):
+            cells = [*np.asarray(state.objects_J[episode]), int(state.agent[episode])]
+            picture = np.full(25, -1)
+            picture[cells] = np.arange(len(cells))
+            picture = picture.reshape(5, 5)
+            picture = picture.T if symmetry & 4 else picture
+            picture = np.flipud(picture) if symmetry & 2 else picture
+            picture = np.fliplr(picture) if symmetry & 1 else picture
+            at = np.argsort(picture.reshape(-1))[-len(cells) :]
+            expected = env.encode(jnp.asarray(at[-1]), jnp.asarray(at[:-1]))
+            np.testing.assert_array_equal(turned_EF[episode], expected)
+    assert len({turn(obs_EF[:1], symmetry).tobytes() for symmetry in range(8)}) == 8
+
+
 def test_spaces_and_defaults():
     env = GridworldPinpad(3, 2, 1)
     key_reset, key_step = jax.random.split(jax.random.key(5))
