@@ -29,6 +29,6 @@ def pad_length(array: jax.Array, multiple: int, *, axis: int = 1, edge: bool = F
     return jnp.pad(array, widths, mode="edge" if edge else "constant")
 
 
-def flip(array: jax.Array | None, reverse: bool, *, axis: int = 1) -> jax.Array | None:
-    """The array in running order, or in given order again: reversed along `axis` if `reverse`. None stays None."""
-    return jnp.flip(array, axis) if reverse and array is not None else array
+def flip[Tree](arrays: Tree, reverse: bool, *, axis: int = 1) -> Tree:
+    """Arrays in running order, or in given order again: reversed along `axis` if `reverse`. None stays None."""
+    return jax.tree.map(lambda array: jnp.flip(array, axis), arrays) if reverse else arrays

@@ -1,8 +1,9 @@
 """The dispatcher picks by name or raises with the reason; segment helpers against loops."""
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -77,12 +78,12 @@ def test_an_unknown_name_lists_the_known_ones():
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=9))
 def test_segments_are_the_runs_of_equal_ids(ids):
     starts = [False] + [now != before for before, now in pairwise(ids)]
-    np.testing.assert_array_equal(segment_starts(np.array([ids])), [starts])
-    np.testing.assert_array_equal(segment_index(np.array([ids])), [np.cumsum(starts)])
+    np.testing.assert_array_equal(segment_starts(jnp.array([ids])), [starts])
+    np.testing.assert_array_equal(segment_index(jnp.array([ids])), [list(accumulate(starts))])
 
 
 def test_padding_and_running_order():
-    array = np.arange(10).reshape(2, 5)
+    array = jnp.arange(10).reshape(2, 5)
     np.testing.assert_array_equal(pad_length(array, 4), np.pad(array, ((0, 0), (0, 3))))
     np.testing.assert_array_equal(pad_length(array, 4, edge=True)[:, 5:], [[4] * 3, [9] * 3])
     np.testing.assert_array_equal(pad_length(array, 2, axis=0), array)
