@@ -7,12 +7,13 @@ from kernels.linear_attention import (
     linear_attention,
     linear_attention_step,
 )
-from kernels.linear_recurrence import linear_recurrence
+from kernels.linear_recurrence import LinearRecurrenceBlocks, linear_recurrence, linear_recurrence_step
 from kernels.selective_scan import SelectiveScanBlocks, selective_scan, selective_scan_step
 
 __all__ = [
     "DeltaRuleBlocks",
     "LinearAttentionBlocks",
+    "LinearRecurrenceBlocks",
     "SelectiveScanBlocks",
     "bidirectional_linear_attention",
     "delta_rule",
@@ -20,6 +21,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "linear_recurrence",
+    "linear_recurrence_step",
     "selective_scan",
     "selective_scan_step",
 ]
