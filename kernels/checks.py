@@ -44,3 +44,10 @@ def check_segments(op: str, segment_ids: jax.Array | None, B: int, L: int) -> No
         raise ValueError(f"{op}: segment_ids has shape {segment_ids.shape}, expected (B, L) = {(B, L)}")
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(f"{op}: segment_ids has dtype {segment_ids.dtype}, expected integers")
+
+
+def refuse_float64(dtype: jnp.dtype) -> dict[str, str]:
+    """Reasons for `kernels.dispatch.select` against the kernels, which compute in float32."""
+    if dtype == jnp.float64:
+        return dict.fromkeys(("pallas_gpu", "pallas_tpu"), "it computes in float32, not float64")
+    return {}

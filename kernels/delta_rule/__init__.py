@@ -8,19 +8,21 @@ b_t. Keys are used as they are: give them unit length (L2), and b in [0, 1], or 
 eigenvalues. Longer keys make I - b k k^T expand, and the state grows without bound.
 """
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from kernels.checks import check_array, check_length, check_not_positive, check_rank, check_segments
+from kernels.checks import check_array, check_length, check_not_positive, check_rank, check_segments, refuse_float64
 from kernels.delta_rule.blocks import DeltaRuleBlocks
 from kernels.delta_rule.chunked import delta_rule_chunked
+from kernels.delta_rule.pallas_tpu import delta_rule_tpu
 from kernels.delta_rule.reference import delta_rule_reference
 from kernels.dispatch import select
 from kernels.segments import flip, segment_starts
 
 __all__ = ["DeltaRuleBlocks", "delta_rule", "delta_rule_step"]
-
-IMPLEMENTATIONS = {"reference": delta_rule_reference, "chunked": delta_rule_chunked}
 
 _FLOOR = -1e4
 
@@ -38,6 +40,7 @@ def delta_rule(
     scale: float = 1.0,
     implementation: str = "auto",
     blocks: DeltaRuleBlocks | None = None,
+    interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Run the (gated) delta rule over axis 1.
 
@@ -52,6 +55,7 @@ def delta_rule(
         scale: factor of the outputs.
         implementation: "auto", "reference", "chunked" or "pallas".
         blocks: block sizes of the chunked form and of the kernels.
+        interpret: run a kernel in an interpreter, on any platform: True for the TPU's, or `pltpu.InterpretParams`.
 
     Returns:
         o, with the heads of q, (B, L, R H, V) in the dtype of v, and the final state (B, H, K, V) in the widest dtype
@@ -79,10 +83,14 @@ def delta_rule(
     check_array(op, "initial_state", initial_state_BHKV, "(B, H, K, V)", (B, H, K, V))
     check_segments(op, segment_ids, B, L)
     check_not_positive(op, "log_decay", log_decay_BLH)
-    run = select(op, implementation, IMPLEMENTATIONS)
-
     given = (q_BLHK, k_BLHK, v_BLHV, beta_BLH, log_decay_BLH, initial_state_BHKV)
     dtype = jnp.result_type(jnp.float32, *(array for array in given if array is not None))
+    available = {
+        "reference": delta_rule_reference,
+        "chunked": delta_rule_chunked,
+        "pallas_tpu": partial(delta_rule_tpu, interpret=interpret),
+    }
+    run = select(op, implementation, available, refused=refuse_float64(dtype))
     if initial_state_BHKV is None:
         initial_state_BHKV = jnp.zeros((B, H, K, V), dtype)
     tokens = jax.tree.map(lambda array: array.astype(dtype), (q_BLHK, k_BLHK, v_BLHV, beta_BLH, log_decay_BLH))

@@ -17,6 +17,7 @@ def delta_rule_reference(
     blocks: DeltaRuleBlocks,
 ) -> tuple[jax.Array, jax.Array]:
     """o_BLHRV for R queries that share a state, and the final state, cleared before each step of `starts_BL`."""
+    del blocks
 
     def step(S_BHKV, token):
         q_BHRK, k_BHK, v_BHV, beta_BH, log_decay_BH, start_B = token

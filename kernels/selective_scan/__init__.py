@@ -8,19 +8,21 @@ Each of the D channels has N states with decays of their own; B_t and C_t are sh
 the published kernels the input is discretised by Euler's rule, the state by the exponential.
 """
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from kernels.checks import check_array, check_length, check_not_positive, check_rank, check_segments
+from kernels.checks import check_array, check_length, check_not_positive, check_rank, check_segments, refuse_float64
 from kernels.dispatch import select
 from kernels.segments import flip, segment_starts
 from kernels.selective_scan.blocks import SelectiveScanBlocks
 from kernels.selective_scan.chunked import selective_scan_chunked
+from kernels.selective_scan.pallas_tpu import selective_scan_tpu
 from kernels.selective_scan.reference import selective_scan_reference
 
 __all__ = ["SelectiveScanBlocks", "selective_scan", "selective_scan_step"]
-
-IMPLEMENTATIONS = {"reference": selective_scan_reference, "chunked": selective_scan_chunked}
 
 
 def selective_scan(
@@ -39,6 +41,7 @@ def selective_scan(
     reverse: bool = False,
     implementation: str = "auto",
     blocks: SelectiveScanBlocks | None = None,
+    interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Run the selective scan over axis 1.
 
@@ -56,6 +59,7 @@ def selective_scan(
         reverse: run from the last step to the first.
         implementation: "auto", "reference", "chunked" or "pallas".
         blocks: block sizes of the chunked form and of the kernels.
+        interpret: run a kernel in an interpreter, on any platform: True for the TPU's, or `pltpu.InterpretParams`.
 
     Returns:
         y_BLD in the dtype of u, and the final state (B, D, N) in the widest dtype of the inputs, at least float32, in
@@ -90,10 +94,14 @@ def selective_scan(
     check_array(op, "initial_state", initial_state_BDN, "(B, D, N)", (B, D, N))
     check_segments(op, segment_ids, B, L)
     check_not_positive(op, "A", A_DN)
-    run = select(op, implementation, IMPLEMENTATIONS)
-
     given = [u_BLD, delta_BLD, A_DN, B_BLN, C_BLN, D_D, z_BLD, delta_bias_D, initial_state_BDN]
     dtype = jnp.result_type(jnp.float32, *(array for array in given if array is not None))
+    available = {
+        "reference": selective_scan_reference,
+        "chunked": selective_scan_chunked,
+        "pallas_tpu": partial(selective_scan_tpu, interpret=interpret),
+    }
+    run = select(op, implementation, available, refused=refuse_float64(dtype))
     if initial_state_BDN is None:
         initial_state_BDN = jnp.zeros((B, D, N), dtype)
     u, delta, rates, maps_in, maps_out = (array.astype(dtype) for array in (u_BLD, delta_BLD, A_DN, B_BLN, C_BLN))

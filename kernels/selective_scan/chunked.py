@@ -13,8 +13,6 @@ or an associative scan) would need quotients of decays that underflow, or severa
 States lie as (B, G, N, P), for G groups of P channels each: the long axis is last, and sums over N are elementwise.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
@@ -80,8 +78,7 @@ def _retreat(m_BGNP, dA_GNP, token, A_GNP, before_BGNP, dy_BGP):
     return m_BGNP, dA_GNP, (dinput_BGP * delta_BGP, ddelta_BGP, dB_BGN, dC_BGN)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _scan(tokens, A_GNP, state_BGNP, starts, unroll) -> tuple[jax.Array, jax.Array]:
+def _run(tokens, A_GNP, state_BGNP, starts, unroll):
     return _forward(tokens, A_GNP, state_BGNP, starts, unroll)[0]
 
 
@@ -124,4 +121,5 @@ def _backward(unroll, residuals, cotangents):
     return gradients, dA_GNP, m_BGNP, None
 
 
+_scan = jax.custom_vjp(_run, nondiff_argnums=(4,))
 _scan.defvjp(_forward, _backward)

@@ -17,6 +17,7 @@ def selective_scan_reference(
     blocks: SelectiveScanBlocks,
 ) -> tuple[jax.Array, jax.Array]:
     """y_BLD without skip and gate, and the final state. The state is cleared before each step of `starts_BL`."""
+    del blocks
     repeats = A_DN.shape[0] // B_BLGN.shape[2]
 
     def step(h_BDN, token):

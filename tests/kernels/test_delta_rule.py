@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels import DeltaRuleBlocks, delta_rule, delta_rule_step
 
@@ -19,13 +20,13 @@ BLOCKS = DeltaRuleBlocks(chunk=4)
 RUN = {
     "reference": partial(delta_rule, implementation="reference"),
     "chunked": partial(delta_rule, implementation="chunked", blocks=BLOCKS),
+    "tpu": partial(delta_rule, implementation="pallas_tpu", blocks=BLOCKS, interpret=True),
 }
 OTHERS = [name for name in RUN if name != "reference"]
 # What each case adds to q, k, v, beta and the options that go with it.
 CASES = {
     "plain": ((), {}),
     "full": (("log_decay_BLH", "initial_state_BHKV"), {"scale": 0.5}),
-    "segments": (("initial_state_BHKV", "segment_ids"), {}),
     "reverse": (("log_decay_BLH", "initial_state_BHKV", "segment_ids"), {"reverse": True}),
     "queries": (("queries", "log_decay_BLH", "segment_ids"), {}),
 }
@@ -97,8 +98,10 @@ def compiled(implementation, frozen_options):
 
 
 def compute(implementation, arguments, options, cotangents):
+    """With one segment if none are given: fewer programs to compile."""
+    ids = arguments.get("segment_ids", np.zeros(arguments["k_BLHK"].shape[:2], np.int32))
     floats = {name: each for name, each in arguments.items() if name != "segment_ids"}
-    return compiled(implementation, tuple(options.items()))(floats, arguments.get("segment_ids"), cotangents)
+    return compiled(implementation, tuple(options.items()))(floats, ids, cotangents)
 
 
 def assert_close(found, wanted, tolerance=2e-5):
@@ -129,8 +132,7 @@ def test_reference_against_a_float64_loop(case, L):
         assert abs((gradient * direction).sum() - slope) <= 2e-5 * np.abs(gradient * direction).sum(), name
 
 
-@pytest.mark.parametrize("L", [1, 13])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "L"), [*((case, 13) for case in CASES), ("full", 1)])
 @pytest.mark.parametrize("implementation", OTHERS)
 def test_values_and_gradients(implementation, case, L):
     drawn = draw(case, L)
@@ -242,8 +244,9 @@ def test_steps_equal_the_scan(case):
     assert_close(state, final, 1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("implementation", RUN)
+@pytest.mark.parametrize(
+    ("implementation", "dtype"), [*((name, jnp.bfloat16) for name in RUN), ("chunked", jnp.float16)]
+)
 def test_narrow_inputs_are_computed_in_float32(implementation, dtype):
     arguments, options, cotangents = draw("full", 13)
     narrow = {n: jnp.asarray(each, dtype) for n, each in arguments.items()}
@@ -350,6 +353,47 @@ def test_any_length_chunk_and_segments(L, chunk, reverse, cuts, seed):
     arguments["segment_ids"] = np.cumsum([[t in cuts for t in range(L)]] * B, axis=1).astype(np.int32)
     outputs = forward(chunk)(**arguments, reverse=reverse)
     assert_close(outputs, loop(arguments, {"reverse": reverse}))
+
+
+def kernel_shapes(dtype, gate):
+    L, H, R, K, V = 150, 2, 2, 48, 80
+    shapes = {"q_BLHK": (1, L, R * H, K), "k_BLHK": (1, L, H, K), "v_BLHV": (1, L, H, V), "beta_BLH": (1, L, H)}
+    shapes |= {"log_decay_BLH": (1, L, H)} if gate else {}
+    shapes |= {"initial_state_BHKV": (1, H, K, V)}
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+
+
+def lower(run, arguments, platform):
+    """Text of forward and backward pass, lowered for a platform that need not be here."""
+
+    def slopes(arguments):
+        return jax.value_and_grad(lambda arguments: sum((each**2).sum() for each in run(**arguments)))(arguments)
+
+    return jax.jit(slopes).trace(arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_tpu_kernels_lower(gate, dtype):
+    text = lower(partial(delta_rule, implementation="pallas_tpu"), kernel_shapes(dtype, gate), "tpu")
+    assert "delta_rule_forward" in text
+    assert "delta_rule_backward" in text
+
+
+def test_tpu_kernels_in_the_tpu_interpreter():
+    """With uninitialised memory full of NaN and a watch for races."""
+    arguments, options, cotangents = draw("full", 3)
+    interpret = pltpu.InterpretParams(detect_races=True)
+    blocks = DeltaRuleBlocks(chunk=2)
+    run = partial(delta_rule, implementation="pallas_tpu", blocks=blocks, interpret=interpret, **options)
+    outputs, pull = jax.vjp(jax.jit(lambda arguments: run(**arguments)), arguments)
+    found = outputs, pull(tuple(jnp.asarray(c) for c in cotangents))[0]
+    assert_close(found, compute("reference", arguments, options, cotangents))
+
+
+def test_kernels_refuse_float64():
+    with jax.enable_x64(True), pytest.raises(NotImplementedError, match=r"delta_rule: .*'pallas_tpu'.* float64"):
+        delta_rule(**{n: each.astype(np.float64) for n, each in arrays().items()}, implementation="pallas_tpu")
 
 
 def arrays(**change) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels import SelectiveScanBlocks, selective_scan, selective_scan_step
 
@@ -19,13 +20,13 @@ BLOCKS = SelectiveScanBlocks(chunk=4, channels=128, unroll=2)
 RUN = {
     "reference": partial(selective_scan, implementation="reference"),
     "chunked": partial(selective_scan, implementation="chunked", blocks=BLOCKS),
+    "tpu": partial(selective_scan, implementation="pallas_tpu", blocks=BLOCKS, interpret=True),
 }
 OTHERS = [name for name in RUN if name != "reference"]
 # What each case adds to u, delta, A, B, C and the options that go with it.
 CASES = {
     "plain": ((), {}),
     "full": (("D_D", "z_BLD", "delta_bias_D", "initial_state_BDN"), {"delta_softplus": True}),
-    "segments": (("initial_state_BDN", "segment_ids"), {}),
     "reverse": (("delta_bias_D", "initial_state_BDN", "segment_ids"), {"reverse": True, "delta_softplus": True}),
     "groups": (("groups", "D_D", "initial_state_BDN"), {}),
 }
@@ -93,7 +94,9 @@ def loop(arguments, options):
 
 
 def split_ids(arguments):
-    return {name: each for name, each in arguments.items() if name != "segment_ids"}, arguments.get("segment_ids")
+    """Segments apart from the rest, one segment if there are none: fewer programs to compile."""
+    floats = {name: each for name, each in arguments.items() if name != "segment_ids"}
+    return floats, arguments.get("segment_ids", np.zeros(floats["u_BLD"].shape[:2], np.int32))
 
 
 @cache
@@ -136,8 +139,7 @@ def test_reference_against_a_float64_loop(case, L):
         assert abs((gradient * direction).sum() - slope) <= 2e-5 * np.abs(gradient * direction).sum(), name
 
 
-@pytest.mark.parametrize("L", [1, 13])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "L"), [*((case, 13) for case in CASES), ("full", 1)])
 @pytest.mark.parametrize("implementation", OTHERS)
 def test_values_and_gradients(implementation, case, L):
     drawn = draw(case, L)
@@ -151,7 +153,7 @@ def test_values_and_gradients(implementation, case, L):
 @pytest.mark.parametrize("part", [0, 1])
 @pytest.mark.parametrize("implementation", OTHERS)
 def test_gradients_through_one_output_alone(implementation, part):
-    arguments, options, cotangents = draw("segments", 13)
+    arguments, options, cotangents = draw("reverse", 13)
     cotangents = tuple(c if i == part else np.zeros_like(c) for i, c in enumerate(cotangents))
     _, gradients = compute(implementation, arguments, options, cotangents)
     assert_close(gradients, compute("reference", arguments, options, cotangents)[1])
@@ -161,8 +163,10 @@ def test_gradients_through_one_output_alone(implementation, part):
 @pytest.mark.parametrize("implementation", RUN)
 def test_decays_of_nothing_and_of_everything(implementation):
     """delta A of 0, -1e-3, -1, -80 and -200 in turn, mixed over channels and states."""
-    arguments, options, cotangents = draw("segments", 13)
+    arguments, options, cotangents = draw("reverse", 13)
     arguments["delta_BLD"] = np.random.default_rng(2).choice(np.array([0, 1e-3, 1], np.float32), (B, 13, D))
+    options = {"reverse": True}
+    del arguments["delta_bias_D"]
     arguments["A_DN"] = np.random.default_rng(3).choice(np.array([0, -1, -80, -200], np.float32), (D, N))
     outputs, gradients = compute(implementation, arguments, options, cotangents)
     assert_close(outputs, loop(arguments, options))
@@ -249,8 +253,9 @@ def test_steps_equal_the_scan(case):
     assert_close(state, final, 1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("implementation", RUN)
+@pytest.mark.parametrize(
+    ("implementation", "dtype"), [*((name, jnp.bfloat16) for name in RUN), ("chunked", jnp.float16)]
+)
 def test_narrow_inputs_are_computed_in_float32(implementation, dtype):
     arguments, options, cotangents = draw("full", 13)
     narrow = {n: jnp.asarray(each, dtype) for n, each in arguments.items()}
@@ -352,6 +357,48 @@ def test_any_length_chunk_and_segments(L, chunk, reverse, cuts, seed):
     options = {"reverse": reverse, "delta_softplus": True}
     outputs = forward(chunk)(**arguments, **options)
     assert_close(outputs, loop(arguments, options))
+
+
+def kernel_shapes(dtype):
+    """More than one block of channels, and a last chunk that is not whole."""
+    shapes = {"u_BLD": (2, 150, 600), "delta_BLD": (2, 150, 600), "A_DN": (600, 16), "B_BLN": (2, 150, 16)}
+    shapes |= {"C_BLN": (2, 150, 16), "initial_state_BDN": (2, 600, 16)}
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+
+
+def lower(run, arguments, platform):
+    """Text of forward and backward pass, lowered for a platform that need not be here."""
+
+    def slopes(arguments):
+        return jax.value_and_grad(lambda arguments: sum((each**2).sum() for each in run(**arguments)))(arguments)
+
+    return jax.jit(slopes).trace(arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_tpu_kernels_lower(chunk, dtype):
+    run = partial(selective_scan, implementation="pallas_tpu", blocks=SelectiveScanBlocks(chunk=chunk))
+    text = lower(run, kernel_shapes(dtype), "tpu")
+    assert "selective_scan_forward" in text
+    assert "selective_scan_backward" in text
+
+
+def test_tpu_kernels_in_the_tpu_interpreter():
+    """With uninitialised memory full of NaN and a watch for races."""
+    arguments, options, cotangents = draw("reverse", 3)
+    interpret = pltpu.InterpretParams(detect_races=True)
+    blocks = SelectiveScanBlocks(chunk=2)
+    run = partial(selective_scan, implementation="pallas_tpu", blocks=blocks, interpret=interpret, **options)
+    floats, ids = split_ids(arguments)
+    outputs, pull = jax.vjp(jax.jit(lambda floats: run(**floats, segment_ids=ids)), floats)
+    found = outputs, pull(tuple(jnp.asarray(c) for c in cotangents))[0]
+    assert_close(found, compute("reference", arguments, options, cotangents))
+
+
+def test_kernels_refuse_float64():
+    with jax.enable_x64(True), pytest.raises(NotImplementedError, match=r"selective_scan: .*'pallas_tpu'.* float64"):
+        selective_scan(**arrays(), implementation="pallas_tpu", interpret=True)
 
 
 def arrays(**change) -> dict[str, Any]:
