@@ -8,19 +8,21 @@ RetNet (arXiv 2307.08621) and Lightning Attention-2 (arXiv 2401.04658); with a s
 holds its own step. Heads of queries may share keys and values: query head h uses group h // (H / G).
 """
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from kernels.checks import check_array, check_length, check_rank, check_segments
+from kernels.checks import check_array, check_length, check_rank, check_segments, refuse_float64
 from kernels.dispatch import select
-from kernels.linear_attention import chunked, reference
+from kernels.linear_attention import chunked, pallas_tpu, reference
 from kernels.linear_attention.blocks import LinearAttentionBlocks
 from kernels.segments import flip, segment_index
 
 __all__ = ["LinearAttentionBlocks", "bidirectional_linear_attention", "linear_attention", "linear_attention_step"]
 
-IMPLEMENTATIONS = {"reference": reference.attend, "chunked": chunked.attend}
 _FLOOR = 1e-6
 
 
@@ -37,6 +39,7 @@ def linear_attention(
     scale: float = 1.0,
     implementation: str = "auto",
     blocks: LinearAttentionBlocks | None = None,
+    interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Run linear attention over axis 1.
 
@@ -51,6 +54,7 @@ def linear_attention(
         scale: a number that multiplies the outputs, where they are not normalised.
         implementation: "auto", "reference", "chunked" or "pallas".
         blocks: block sizes of the chunked form and of the kernels.
+        interpret: run a kernel in the interpreter of its platform, as `pallas_call` takes it.
 
     Returns:
         y_BLHV in the dtype of v, and the final state (B, H, K, V) in the widest dtype of the inputs, at least float32,
@@ -80,9 +84,18 @@ def linear_attention(
     columns, axes = (V + 1, "(B, H, K, V + 1)") if normalise else (V, "(B, H, K, V)")
     check_array(op, "initial_state", initial_state_BHKV, axes, (B, H, K, columns))
     check_segments(op, segment_ids, B, L)
-    run = select(op, implementation, IMPLEMENTATIONS)
-
+    blocks = blocks or LinearAttentionBlocks()
     dtype = _widest(q_BLHK, k_BLGK, v_BLGV, log_decay, initial_state_BHKV)
+    available = {
+        "reference": reference.attend,
+        "chunked": chunked.attend,
+        "pallas_tpu": partial(pallas_tpu.attend, interpret=interpret),
+    }
+    refused = refuse_float64(dtype)
+    if blocks.steps(0 if log_decay is None else log_decay.ndim) % 8:
+        refused = {"pallas_tpu": f"chunks must be multiples of 8, got {blocks}"} | refused
+    run = select(op, implementation, available, refused=refused)
+
     if initial_state_BHKV is None:
         initial_state_BHKV = jnp.zeros((B, H, K, columns), dtype)
     if log_decay is not None and log_decay.ndim == 1:
@@ -91,9 +104,7 @@ def linear_attention(
     q, k, values, log_decay, ids = flip((q_BLHK, k_BLGK, values, log_decay, segment_ids), reverse)
     index_BL = None if ids is None else segment_index(ids)
     factor = 1.0 if normalise else float(scale)
-    y_BLHV, final_BHKV = run(
-        q, k, values, log_decay, initial_state_BHKV.astype(dtype), index_BL, factor, blocks or LinearAttentionBlocks()
-    )
+    y_BLHV, final_BHKV = run(q, k, values, log_decay, initial_state_BHKV.astype(dtype), index_BL, factor, blocks)
     y_BLHV = flip(y_BLHV, reverse)
     return (_divide(y_BLHV) if normalise else y_BLHV).astype(v_BLGV.dtype), final_BHKV
 
@@ -109,6 +120,7 @@ def bidirectional_linear_attention(
     scale: float = 1.0,
     implementation: str = "auto",
     blocks: LinearAttentionBlocks | None = None,
+    interpret: Any = False,
 ) -> jax.Array:
     """Each step reads all steps of its segment: the forward and the reverse run, with the step itself counted once.
 
@@ -118,7 +130,7 @@ def bidirectional_linear_attention(
     """
     values = _with_ones(v_BLGV) if normalise else v_BLGV
     wide = values.astype(_widest(q_BLHK, k_BLGK, v_BLGV, log_decay))
-    options = {"segment_ids": segment_ids, "implementation": implementation, "blocks": blocks}
+    options = {"segment_ids": segment_ids, "implementation": implementation, "blocks": blocks, "interpret": interpret}
     ahead_BLHV, _ = linear_attention(q_BLHK, k_BLGK, wide, log_decay, **options)
     back_BLHV, _ = linear_attention(q_BLHK, k_BLGK, wide, log_decay, reverse=True, **options)
     share = q_BLHK.shape[2] // k_BLGK.shape[2]

@@ -16,7 +16,11 @@ from kernels.linear_attention import LinearAttentionBlocks, bidirectional_linear
 B, H, G, K, V, L = 2, 6, 3, 5, 7, 19
 DECAYS = ("none", "constant", "step", "channel")
 SMALL = LinearAttentionBlocks(chunk=8, channel_chunk=4)
-OPTIONS = {"reference": {}, "chunked": {"blocks": SMALL}}
+OPTIONS = {
+    "reference": {},
+    "chunked": {"blocks": SMALL},
+    "pallas_tpu": {"blocks": LinearAttentionBlocks(8, 8), "interpret": True},
+}
 pytestmark = pytest.mark.usefixtures("quick_compile")
 every_implementation = pytest.mark.parametrize("name", OPTIONS)
 every_decay = pytest.mark.parametrize("decay", DECAYS)
@@ -214,7 +218,7 @@ def test_weak_decays_after_strong_ones_lose_no_digits(name):
     (q, k, v, _, state), cotangents = draw("step", 16)
     g = np.repeat(np.array([-99.9, -1e-3], np.float32), [12, 4])[None, :, None] * np.ones((B, 1, H), np.float32)
     arrays = q, k, v, g, state
-    options = {} if name == "reference" else {"blocks": LinearAttentionBlocks(16, 16)}
+    options = {"blocks": LinearAttentionBlocks(16, 16)}
     close(compute(name, arrays, cotangents, **options), exact(arrays, cotangents))
 
 
@@ -462,3 +466,32 @@ def test_auto_is_chunked_on_a_cpu_and_pallas_is_not_there():
     close(found, wanted, 0)
     with pytest.raises(NotImplementedError, match="no Pallas kernel for the default platform cpu"):
         linear_attention(**arguments(implementation="pallas"))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("decay", ["none", "step", "channel"])
+def test_kernels_lower_for_their_platform(decay, dtype):
+    """Forward, rebuilding and backward kernels, with head widths that are and aren't those of a tile."""
+    for length, heads, groups, k_width, v_width in ((200, 4, 2, 128, 64), (3, 3, 1, 5, 7)):
+        shapes = (heads, k_width), (groups, k_width), (groups, v_width)
+        q, k, v = (jax.ShapeDtypeStruct((B, length, *shape), dtype) for shape in shapes)
+        rank = {"none": 0, "step": 3, "channel": 4}[decay]
+        g = jax.ShapeDtypeStruct((B, length, heads, k_width)[:rank], jnp.float32) if rank else None
+        state = jax.ShapeDtypeStruct((B, heads, k_width, v_width), jnp.float32)
+        ids = jax.ShapeDtypeStruct((B, length), jnp.int32)
+
+        def slope(ids, *arrays):
+            def total(*arrays):
+                q, k, v, g, state = arrays
+                options = {"segment_ids": ids, "initial_state_BHKV": state, "implementation": "pallas_tpu"}
+                return linear_attention(q, k, v, g, **options)[0].astype(jnp.float32).sum()
+
+            return jax.value_and_grad(total, argnums=floats(arrays))(*arrays)
+
+        text = jax.jit(slope).trace(ids, q, k, v, g, state).lower(lowering_platforms=("tpu",)).as_text()
+        assert text.count("tpu_custom_call") == 3
+
+
+def test_kernels_refuse_chunks_that_are_no_tiles():
+    with pytest.raises(NotImplementedError, match="multiples of 8, got LinearAttentionBlocks"):
+        linear_attention(**arguments(implementation="pallas_tpu", blocks=LinearAttentionBlocks(12)))
