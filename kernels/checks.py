@@ -1,5 +1,7 @@
 """Arguments of the ops: errors that name the op, the argument, what it is and what was expected."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
@@ -46,8 +48,12 @@ def check_segments(op: str, segment_ids: jax.Array | None, B: int, L: int) -> No
         raise ValueError(f"{op}: segment_ids has dtype {segment_ids.dtype}, expected integers")
 
 
-def refuse_float64(dtype: jnp.dtype) -> dict[str, str]:
-    """Reasons for `kernels.dispatch.select` against the kernels, which compute in float32."""
+def refuse_kernels(dtype: jnp.dtype, interpret: Any) -> dict[str, str]:
+    """Reasons for `kernels.dispatch.select` against the kernels: float64, and a GPU that is too old for Mosaic."""
     if dtype == jnp.float64:
         return dict.fromkeys(("pallas_gpu", "pallas_tpu"), "it computes in float32, not float64")
+    if jax.default_backend() == "gpu" and not interpret:
+        capability = jax.devices()[0].compute_capability
+        if float(capability) < 9:
+            return {"pallas_gpu": f"it needs compute capability 9.0 (Hopper), and this GPU has {capability}"}
     return {}

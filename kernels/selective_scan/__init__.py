@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.checks import check_array, check_length, check_not_positive, check_rank, check_segments, refuse_float64
+from kernels.checks import check_array, check_length, check_not_positive, check_rank, check_segments, refuse_kernels
 from kernels.dispatch import select
 from kernels.segments import flip, segment_starts
 from kernels.selective_scan.blocks import SelectiveScanBlocks
 from kernels.selective_scan.chunked import selective_scan_chunked
+from kernels.selective_scan.pallas_gpu import MOST_STATES, selective_scan_gpu
 from kernels.selective_scan.pallas_tpu import selective_scan_tpu
 from kernels.selective_scan.reference import selective_scan_reference
 
@@ -59,7 +60,7 @@ def selective_scan(
         reverse: run from the last step to the first.
         implementation: "auto", "reference", "chunked" or "pallas".
         blocks: block sizes of the chunked form and of the kernels.
-        interpret: run a kernel in an interpreter, on any platform: True for the TPU's, or `pltpu.InterpretParams`.
+        interpret: run a kernel in the interpreter of its platform, as `pallas_call` or `plgpu.kernel` take it, or True.
 
     Returns:
         y_BLD in the dtype of u, and the final state (B, D, N) in the widest dtype of the inputs, at least float32, in
@@ -100,8 +101,12 @@ def selective_scan(
         "reference": selective_scan_reference,
         "chunked": selective_scan_chunked,
         "pallas_tpu": partial(selective_scan_tpu, interpret=interpret),
+        "pallas_gpu": partial(selective_scan_gpu, interpret=interpret),
     }
-    run = select(op, implementation, available, refused=refuse_float64(dtype))
+    refused = refuse_kernels(dtype, interpret)
+    if N > MOST_STATES:
+        refused["pallas_gpu"] = f"a channel has {N} states, more than {MOST_STATES}"
+    run = select(op, implementation, available, refused=refused)
     if initial_state_BDN is None:
         initial_state_BDN = jnp.zeros((B, D, N), dtype)
     u, delta, rates, maps_in, maps_out = (array.astype(dtype) for array in (u_BLD, delta_BLD, A_DN, B_BLN, C_BLN))

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from kernels import SelectiveScanBlocks, selective_scan, selective_scan_step
 
@@ -23,6 +25,8 @@ RUN = {
     "tpu": partial(selective_scan, implementation="pallas_tpu", blocks=BLOCKS, interpret=True),
 }
 OTHERS = [name for name in RUN if name != "reference"]
+# The interpreter of GPU kernels takes seconds for a call.
+RUN_ON_GPU = partial(selective_scan, implementation="pallas_gpu", interpret=plgpu.InterpretGPUParams(detect_races=True))
 # What each case adds to u, delta, A, B, C and the options that go with it.
 CASES = {
     "plain": ((), {}),
@@ -104,7 +108,7 @@ def compiled(implementation, frozen_options):
     """Outputs and gradients, compiled once for an implementation and its options."""
 
     def compute(arguments, ids, cotangents):
-        run = partial(RUN[implementation], segment_ids=ids, **dict(frozen_options))
+        run = partial(RUN.get(implementation, RUN_ON_GPU), segment_ids=ids, **dict(frozen_options))
         outputs, pull = jax.vjp(lambda arguments: run(**arguments), arguments)
         return outputs, pull(tuple(c.astype(o.dtype) for c, o in zip(cotangents, outputs, strict=True)))[0]
 
@@ -359,10 +363,10 @@ def test_any_length_chunk_and_segments(L, chunk, reverse, cuts, seed):
     assert_close(outputs, loop(arguments, options))
 
 
-def kernel_shapes(dtype):
+def kernel_shapes(dtype, N=16):
     """More than one block of channels, and a last chunk that is not whole."""
-    shapes = {"u_BLD": (2, 150, 600), "delta_BLD": (2, 150, 600), "A_DN": (600, 16), "B_BLN": (2, 150, 16)}
-    shapes |= {"C_BLN": (2, 150, 16), "initial_state_BDN": (2, 600, 16)}
+    shapes = {"u_BLD": (2, 150, 600), "delta_BLD": (2, 150, 600), "A_DN": (600, N), "B_BLN": (2, 150, N)}
+    shapes |= {"C_BLN": (2, 150, N), "initial_state_BDN": (2, 600, N)}
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
 
 
@@ -394,6 +398,45 @@ def test_tpu_kernels_in_the_tpu_interpreter():
     outputs, pull = jax.vjp(jax.jit(lambda floats: run(**floats, segment_ids=ids)), floats)
     found = outputs, pull(tuple(jnp.asarray(c) for c in cotangents))[0]
     assert_close(found, compute("reference", arguments, options, cotangents))
+
+
+@pytest.mark.parametrize(("case", "L"), [("reverse", 13), ("groups", 1)])
+def test_gpu_kernels_in_the_gpu_interpreter(case, L):
+    """With a watch for races: value and gradient, chunks that are not whole, one that is preceded by another."""
+    drawn = draw(case, L)
+    found, wanted = compute("gpu", *drawn), compute("reference", *drawn)
+    assert_close(found, wanted)
+
+
+def test_decays_on_gpu():
+    arguments, options, cotangents = draw("reverse", 13)
+    arguments["A_DN"] = np.random.default_rng(3).choice(np.array([0, -1, -80, -200], np.float32), (D, N))
+    found, wanted = (compute(name, arguments, options, cotangents) for name in ("gpu", "reference"))
+    assert_close(found, wanted)
+
+
+H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_gpu_kernels_lower(mapped):
+    """Also under vmap and remat, which their interpreter does not do."""
+    run = partial(selective_scan, implementation="pallas_gpu")
+    arguments = kernel_shapes(jnp.bfloat16 if mapped else jnp.float32, N=5)
+    if mapped:
+        arguments = {n: jax.ShapeDtypeStruct((3, *each.shape), each.dtype) for n, each in arguments.items()}
+        plain = jax.checkpoint(run)
+        run = jax.vmap(plain)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H200)):
+        text = lower(run, arguments, "cuda")
+    assert "selective_scan_forward" in text
+    assert "selective_scan_backward" in text
+
+
+def test_too_many_states_for_the_gpu():
+    arguments = arrays(A_DN=-np.ones((4, 49)), B_BLN=np.ones((2, 3, 49)), C_BLN=np.ones((2, 3, 49)))
+    with pytest.raises(NotImplementedError, match=r"selective_scan: .*'pallas_gpu'.* 49 states, more than 48"):
+        selective_scan(**arguments, implementation="pallas_gpu")
 
 
 def test_kernels_refuse_float64():
