@@ -48,10 +48,15 @@ def check_segments(op: str, segment_ids: jax.Array | None, B: int, L: int) -> No
         raise ValueError(f"{op}: segment_ids has dtype {segment_ids.dtype}, expected integers")
 
 
-def refuse_kernels(dtype: jnp.dtype, interpret: Any) -> dict[str, str]:
-    """Reasons for `kernels.dispatch.select` against the kernels: float64, and a GPU that is too old for Mosaic."""
+def refuse_float64(dtype: jnp.dtype) -> dict[str, str]:
+    """Reasons for `kernels.dispatch.select` against the kernels, which compute in float32."""
     if dtype == jnp.float64:
         return dict.fromkeys(("pallas_gpu", "pallas_tpu"), "it computes in float32, not float64")
+    return {}
+
+
+def refuse_old_gpu(interpret: Any) -> dict[str, str]:
+    """Reasons for `kernels.dispatch.select` against Mosaic GPU kernels on the GPU at hand, unless interpreted."""
     if jax.default_backend() == "gpu" and not interpret:
         capability = jax.devices()[0].compute_capability
         if float(capability) < 9:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.checks import check_array, check_length, check_not_positive, check_rank, check_segments, refuse_kernels
+from kernels.checks import check_array, check_length, check_not_positive, check_rank, check_segments, refuse_float64
 from kernels.delta_rule.blocks import DeltaRuleBlocks
 from kernels.delta_rule.chunked import delta_rule_chunked
 from kernels.delta_rule.pallas_tpu import delta_rule_tpu
@@ -90,7 +90,7 @@ def delta_rule(
         "chunked": delta_rule_chunked,
         "pallas_tpu": partial(delta_rule_tpu, interpret=interpret),
     }
-    run = select(op, implementation, available, refused=refuse_kernels(dtype, interpret))
+    run = select(op, implementation, available, refused=refuse_float64(dtype))
     if initial_state_BHKV is None:
         initial_state_BHKV = jnp.zeros((B, H, K, V), dtype)
     tokens = jax.tree.map(lambda array: array.astype(dtype), (q_BLHK, k_BLHK, v_BLHV, beta_BLH, log_decay_BLH))

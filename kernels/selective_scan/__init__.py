@@ -14,7 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.checks import check_array, check_length, check_not_positive, check_rank, check_segments, refuse_kernels
+from kernels.checks import (
+    check_array,
+    check_length,
+    check_not_positive,
+    check_rank,
+    check_segments,
+    refuse_float64,
+    refuse_old_gpu,
+)
 from kernels.dispatch import select
 from kernels.segments import flip, segment_starts
 from kernels.selective_scan.blocks import SelectiveScanBlocks
@@ -103,7 +111,7 @@ def selective_scan(
         "pallas_tpu": partial(selective_scan_tpu, interpret=interpret),
         "pallas_gpu": partial(selective_scan_gpu, interpret=interpret),
     }
-    refused = refuse_kernels(dtype, interpret)
+    refused = refuse_float64(dtype) | refuse_old_gpu(interpret)
     if N > MOST_STATES:
         refused["pallas_gpu"] = f"a channel has {N} states, more than {MOST_STATES}"
     run = select(op, implementation, available, refused=refused)
