@@ -14,9 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.checks import check_array, check_length, check_not_positive, check_rank, check_segments, refuse_float64
+from kernels.checks import (
+    check_array,
+    check_length,
+    check_not_positive,
+    check_rank,
+    check_segments,
+    refuse_float64,
+    refuse_old_gpu,
+)
 from kernels.delta_rule.blocks import DeltaRuleBlocks
 from kernels.delta_rule.chunked import delta_rule_chunked
+from kernels.delta_rule.pallas_gpu import delta_rule_gpu, refuse
 from kernels.delta_rule.pallas_tpu import delta_rule_tpu
 from kernels.delta_rule.reference import delta_rule_reference
 from kernels.dispatch import select
@@ -55,7 +64,7 @@ def delta_rule(
         scale: factor of the outputs.
         implementation: "auto", "reference", "chunked" or "pallas".
         blocks: block sizes of the chunked form and of the kernels.
-        interpret: run a kernel in the interpreter of its platform, as `pallas_call` takes it.
+        interpret: run a kernel in the interpreter of its platform, as `pallas_call` or `plgpu.kernel` take it, or True.
 
     Returns:
         o, with the heads of q, (B, L, R H, V) in the dtype of v, and the final state (B, H, K, V) in the widest dtype
@@ -89,8 +98,10 @@ def delta_rule(
         "reference": delta_rule_reference,
         "chunked": delta_rule_chunked,
         "pallas_tpu": partial(delta_rule_tpu, interpret=interpret),
+        "pallas_gpu": partial(delta_rule_gpu, interpret=interpret),
     }
-    run = select(op, implementation, available, refused=refuse_float64(dtype))
+    refused = refuse_float64(dtype) | refuse_old_gpu(interpret) | refuse(heads // H, K)
+    run = select(op, implementation, available, refused=refused)
     if initial_state_BHKV is None:
         initial_state_BHKV = jnp.zeros((B, H, K, V), dtype)
     tokens = jax.tree.map(lambda array: array.astype(dtype), (q_BLHK, k_BLHK, v_BLHV, beta_BLH, log_decay_BLH))

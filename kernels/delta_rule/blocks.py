@@ -7,7 +7,8 @@ from dataclasses import dataclass
 class DeltaRuleBlocks:
     """`chunk` steps between two kept states, a power of two.
 
-    Work per step grows with chunk + K V / chunk, memory for the kept states with K V / chunk.
+    Work per step grows with chunk + K V / chunk, memory for the kept states with K V / chunk. The GPU kernels have
+    sizes of their own.
     """
 
     chunk: int = 64

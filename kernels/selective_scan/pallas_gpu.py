@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels.mosaic import over_chunks
 from kernels.segments import pad_length
 from kernels.selective_scan.blocks import SelectiveScanBlocks
 
@@ -81,30 +82,6 @@ def _place():
     return jax.lax.axis_index("batch"), jax.lax.axis_index("group"), lanes
 
 
-def _over_chunks(body, carry, sources, buffers, barrier, count, backwards=False):
-    """Fold `body(i, buffers of chunk i, carry)` over the chunks, with the next one under way to the other half."""
-
-    def fetch(step):
-        chunk = count - 1 - step if backwards else step
-        for at, buffer in zip(sources, buffers, strict=True):
-            plgpu.copy_gmem_to_smem(at(pl.ds(chunk * CHUNK, CHUNK)), buffer.at[step % 2], barrier.at[step % 2])
-
-    def advance(step, carry):
-        @pl.when(step + 1 < count)
-        def _():
-            fetch(step + 1)
-
-        plgpu.barrier_wait(barrier.at[step % 2])
-        chunk = count - 1 - step if backwards else step
-        carry = body(chunk, [buffer.at[step % 2] for buffer in buffers], carry)
-        # All threads have read this half before it is overwritten.
-        plgpu.commit_smem()
-        return carry
-
-    fetch(0)
-    return jax.lax.fori_loop(0, count, advance, carry)
-
-
 def _spread(scalar: jax.Array) -> jax.Array:
     return jnp.broadcast_to(scalar, (LANES,))
 
@@ -145,7 +122,7 @@ def _forward_kernel(u, delta, A, maps_in, maps_out, h, starts, y, final, enterin
         lambda rows: maps_out.at[b, g, rows],
         lambda rows: starts.at[b, rows],
     )
-    h_P = _over_chunks(run_chunk, [h[b, g, n, lanes] for n in range(N)], sources, buffers, barrier, count)
+    h_P = over_chunks(run_chunk, [h[b, g, n, lanes] for n in range(N)], sources, buffers, barrier, CHUNK, count)
     for n in range(N):
         final[b, g, n, lanes] = h_P[n]
 
@@ -251,7 +228,7 @@ def _backward_kernel(
         lambda rows: starts.at[b, rows],
     )
     carry = ([dfinal[b, g, n, lanes] for n in range(N)], [jnp.zeros((LANES,), jnp.float32) for _ in range(N)])
-    m, d_rates = _over_chunks(run_chunk, carry, sources, buffers, barrier, count, backwards=True)
+    m, d_rates = over_chunks(run_chunk, carry, sources, buffers, barrier, CHUNK, count, backwards=True)
     for n in range(N):
         dh[b, g, n, lanes] = m[n]
         dA[b, g, n, lanes] = d_rates[n]

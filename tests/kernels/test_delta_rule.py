@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from kernels import DeltaRuleBlocks, delta_rule, delta_rule_step
 
@@ -23,6 +25,8 @@ RUN = {
     "tpu": partial(delta_rule, implementation="pallas_tpu", blocks=BLOCKS, interpret=True),
 }
 OTHERS = [name for name in RUN if name != "reference"]
+# The interpreter of GPU kernels takes seconds for a call.
+RUN_ON_GPU = partial(delta_rule, implementation="pallas_gpu", interpret=plgpu.InterpretGPUParams(detect_races=True))
 # What each case adds to q, k, v, beta and the options that go with it.
 CASES = {
     "plain": ((), {}),
@@ -90,7 +94,7 @@ def compiled(implementation, frozen_options):
     """Outputs and gradients, compiled once for an implementation and its options."""
 
     def compute(arguments, ids, cotangents):
-        run = partial(RUN[implementation], segment_ids=ids, **dict(frozen_options))
+        run = partial(RUN.get(implementation, RUN_ON_GPU), segment_ids=ids, **dict(frozen_options))
         outputs, pull = jax.vjp(lambda arguments: run(**arguments), arguments)
         return outputs, pull(tuple(c.astype(o.dtype) for c, o in zip(cotangents, outputs, strict=True)))[0]
 
@@ -389,6 +393,45 @@ def test_tpu_kernels_in_the_tpu_interpreter():
     outputs, pull = jax.vjp(jax.jit(lambda arguments: run(**arguments)), arguments)
     found = outputs, pull(tuple(jnp.asarray(c) for c in cotangents))[0]
     assert_close(found, compute("reference", arguments, options, cotangents))
+
+
+@pytest.mark.parametrize(("case", "L"), [("reverse", 19), ("queries", 1)])
+def test_gpu_kernels_in_the_gpu_interpreter(case, L):
+    """With a watch for races: value and gradient, chunks that are not whole, one that is preceded by another."""
+    drawn = draw(case, L)
+    assert_close(compute("gpu", *drawn), compute("reference", *drawn))
+
+
+def test_decays_on_gpu():
+    arguments, options, cotangents = draw("reverse", 19)
+    strengths = np.array([0, -1e-3, -1, -80, -200, -np.inf], np.float32)
+    arguments["log_decay_BLH"] = np.random.default_rng(2).choice(strengths, (B, 19, H))
+    found, wanted = (compute(name, arguments, options, cotangents) for name in ("gpu", "reference"))
+    assert_close(found, wanted)
+
+
+H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_gpu_kernels_lower(mapped):
+    """Also under vmap and remat, which their interpreter does not do."""
+    run = partial(delta_rule, implementation="pallas_gpu")
+    arguments = kernel_shapes(jnp.bfloat16 if mapped else jnp.float32, gate=mapped)
+    if mapped:
+        arguments = {n: jax.ShapeDtypeStruct((3, *each.shape), each.dtype) for n, each in arguments.items()}
+        run = jax.vmap(jax.checkpoint(run))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H200)):
+        text = lower(run, arguments, "cuda")
+    assert "delta_rule_forward" in text
+    assert "delta_rule_backward" in text
+
+
+@pytest.mark.parametrize(("heads", "K", "words"), [(1, 257, "257 numbers"), (8, 256, "8 queries .* 256 need")])
+def test_what_the_gpu_has_no_room_for(heads, K, words):
+    q, k, v, beta = (jnp.ones(shape) for shape in ((1, 2, heads, K), (1, 2, 1, K), (1, 2, 1, 8), (1, 2, 1)))
+    with pytest.raises(NotImplementedError, match=f"delta_rule: .*'pallas_gpu'.* {words}"):
+        delta_rule(q, k, v, beta, implementation="pallas_gpu")
 
 
 def test_kernels_refuse_float64():
