@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 from kernels.checks import check_array, check_length, check_rank, check_segments, refuse_float64
 from kernels.dispatch import select
-from kernels.linear_attention import chunked, pallas_tpu, reference
+from kernels.linear_attention import chunked, pallas_gpu, pallas_tpu, reference
 from kernels.linear_attention.blocks import LinearAttentionBlocks
 from kernels.segments import flip, segment_index
 
@@ -90,10 +90,14 @@ def linear_attention(
         "reference": reference.attend,
         "chunked": chunked.attend,
         "pallas_tpu": partial(pallas_tpu.attend, interpret=interpret),
+        "pallas_gpu": partial(pallas_gpu.attend, interpret=interpret),
     }
-    refused = refuse_float64(dtype)
-    if blocks.steps(0 if log_decay is None else log_decay.ndim) % 8:
-        refused = {"pallas_tpu": f"chunks must be multiples of 8, got {blocks}"} | refused
+    rank = 0 if log_decay is None else log_decay.ndim
+    refused = {
+        "pallas_tpu": pallas_tpu.refusal(rank, blocks),
+        "pallas_gpu": pallas_gpu.refusal(q_BLHK, k_BLGK, v_BLGV, columns, rank, blocks, interpret),
+    }
+    refused = {name: reason for name, reason in refused.items() if reason} | refuse_float64(dtype)
     run = select(op, implementation, available, refused=refused)
 
     if initial_state_BHKV is None:

@@ -18,22 +18,8 @@ from jax.lax import Precision
 
 from kernels.linear_attention.blocks import LinearAttentionBlocks
 from kernels.linear_attention.chunked import clamp
+from kernels.linear_attention.rows import Rows, chunk_rows
 from kernels.segments import pad_length
-
-
-class Rows(NamedTuple):
-    """What a kernel reads of one chunk as rows (1, C), float32: sums of log-decays, zero without, and segments.
-
-    `coarse` and `fine` add up to the sums up to each step (see `chunked.sum_between`), `until` is the same in one
-    piece, `after` the sum behind each step; `segment` counts segments, `before` is that of the step before the chunk.
-    """
-
-    coarse: jax.Array
-    fine: jax.Array
-    until: jax.Array
-    after: jax.Array
-    segment: jax.Array
-    before: jax.Array
 
 
 class Pairs(NamedTuple):
@@ -218,23 +204,6 @@ def _gradients_kernel(
         d_g_ref[0, 0] = crossing + incoming + outgoing + right_through
 
 
-def _rows(g_BHL: jax.Array | None, index_BL: jax.Array, heads: int, C: int) -> jax.Array:
-    """`Rows` of all chunks as one array (B, H, N, 8, C), the last two rows empty."""
-    B, L = index_BL.shape
-    index = jnp.broadcast_to(index_BL.reshape(B, 1, -1, C), (B, heads, L // C, C)).astype(jnp.float32)
-    before = jnp.concatenate([index[:, :, :1, :1], index[:, :, :-1, -1:]], axis=2)
-    rows = {"segment": index, "before": jnp.broadcast_to(before, index.shape)}
-    if g_BHL is None:
-        rows |= dict.fromkeys(("coarse", "fine", "until", "after"), jnp.zeros_like(index))
-    else:
-        g = clamp(g_BHL.astype(jnp.float32)).reshape(index.shape)
-        coarse = jnp.round(g * 256) / 256
-        rows |= {"coarse": jnp.cumsum(coarse, axis=3), "fine": jnp.cumsum(g - coarse, axis=3)}
-        rows["until"] = jnp.cumsum(g, axis=3)
-        rows["after"] = jax.lax.cumsum(jnp.pad(g[..., 1:], ((0, 0),) * 3 + ((0, 1),)), axis=3, reverse=True)
-    return jnp.pad(jnp.stack(Rows(**rows), axis=3), ((0, 0),) * 3 + ((0, 2), (0, 0)))
-
-
 class Setting(NamedTuple):
     """Static facts of a call."""
 
@@ -296,7 +265,7 @@ def _run(q_BHLK, k_BGLK, v_BGLV, g, rows, first_BHVK, setting: Setting) -> tuple
 
 
 def _attend(q_BHLK, k_BGLK, v_BGLV, g, index_BL, first_BHVK, setting: Setting):
-    rows = _rows(None if setting.per_channel else g, index_BL, q_BHLK.shape[1], setting.C)
+    rows = chunk_rows(None if setting.per_channel else g, index_BL, q_BHLK.shape[1], setting.C)
     return _run(q_BHLK, k_BGLK, v_BGLV, g if setting.per_channel else None, rows, first_BHVK, setting)
 
 
@@ -310,7 +279,7 @@ def _backward(setting: Setting, arguments, cotangents):
     d_y, d_last = cotangents
     (B, H, L, K), (G, V) = q.shape, (v.shape[1], v.shape[3])
     N, precision = L // setting.C, _precision(q, k, v)
-    rows = ("chunk", _rows(None if setting.per_channel else g, index_BL, H, setting.C))
+    rows = ("chunk", chunk_rows(None if setting.per_channel else g, index_BL, H, setting.C))
     channels = ("steps", g if setting.per_channel else None)
     q_in, k_in, v_in = (("steps", each) for each in (q, k, v))
     states, _ = _call(
@@ -350,6 +319,11 @@ def _backward(setting: Setting, arguments, cotangents):
 
 _attend_chunks = jax.custom_vjp(_attend, nondiff_argnums=(6,))
 _attend_chunks.defvjp(_forward, _backward)
+
+
+def refusal(rank: int, blocks: LinearAttentionBlocks) -> str | None:
+    """Why the kernels can't run log-decays of that rank with these blocks, or None."""
+    return f"chunks must be multiples of 8, got {blocks}" if blocks.steps(rank) % 8 else None
 
 
 def attend(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import linear_attention
 from kernels.linear_attention import LinearAttentionBlocks, bidirectional_linear_attention, linear_attention_step
@@ -21,6 +22,7 @@ OPTIONS = {
     "chunked": {"blocks": SMALL},
     "pallas_tpu": {"blocks": LinearAttentionBlocks(8, 8), "interpret": True},
 }
+# The GPU kernels are held to the same by tests of their own: their chunks are longer and their interpreter slower.
 pytestmark = pytest.mark.usefixtures("quick_compile")
 every_implementation = pytest.mark.parametrize("name", OPTIONS)
 every_decay = pytest.mark.parametrize("decay", DECAYS)
@@ -67,7 +69,7 @@ def loop(q, k, v, log_decay, state, segments=None, scale=1.0):
 
 def run(name, *arrays, **options):
     q, k, v, log_decay, state = arrays
-    options = OPTIONS[name] | options
+    options = OPTIONS.get(name, {}) | options
     return linear_attention(q, k, v, log_decay, initial_state_BHKV=state, implementation=name, **options)
 
 
@@ -468,30 +470,120 @@ def test_auto_is_chunked_on_a_cpu_and_pallas_is_not_there():
         linear_attention(**arguments(implementation="pallas"))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def small_gpu_case(decay, dtype=np.float32, seed=0):
+    """One row and two heads, so that the interpreter of the GPU is not long at it: three chunks, the last in part."""
+    arrays, cotangents = draw(decay, 131, seed)
+    q, k, v, g, state = jax.tree.map(lambda each: each[:1], arrays)
+    heads = H // G
+    q, k, v = (jnp.asarray(each, dtype) for each in (q[:, :, :heads], k[:, :, :1], v[:, :, :1]))
+    if g is not None:
+        g = arrays[3][:heads] if decay == "constant" else g[:, :, :heads]
+    c_y, c_state = cotangents
+    segments = np.cumsum(np.random.default_rng(seed).random((1, 131)) < 0.1, axis=1)
+    return (q, k, v, g, state[:, :heads]), (c_y[:1, :, :heads], c_state[:1, :heads]), segments
+
+
+@pytest.mark.parametrize("decay", ["none", "constant", "step", "extreme"])
+def test_the_gpu_kernels_in_float32(decay, capfd):
+    """In the interpreter of the GPU, which looks for races, and where operands need not be narrow."""
+    arrays, cotangents, segments = small_gpu_case("step" if decay == "extreme" else decay)
+    if decay == "extreme":
+        q, k, v, g, state = arrays
+        arrays = q, k, v, np.random.default_rng(2).choice(EXTREMES, g.shape), state
+    # The gradients of a state that is cleared within the first chunk say nothing of the later ones.
+    segments = segments if decay == "constant" else None
+    options = {"interpret": plgpu.InterpretGPUParams(detect_races=True), "scale": 0.3}
+    found = compute("pallas_gpu", arrays, cotangents, segments, **options)
+    close(found, exact(arrays, cotangents, segments, scale=0.3))
+    assert "RACE" not in "".join(capfd.readouterr())
+
+
+def test_the_gpu_kernels_round_operands_to_bfloat16():
+    arrays, cotangents, segments = small_gpu_case("step", jnp.bfloat16)
+    found = compute("pallas_gpu", arrays, cotangents, segments, interpret=True)
+    close(found, exact(arrays, cotangents, segments), 0.01)
+
+
+def test_the_gpu_kernels_pass_no_gradient_across_a_boundary():
+    arrays, (c_y, c_state), _ = small_gpu_case("step")
+    ids = (np.arange(131) >= 70)[None].astype(np.int32)
+    for part, other in ((np.s_[:, :70], np.s_[:, 70:]), (np.s_[:, 70:], np.s_[:, :70])):
+        c_one = np.zeros_like(c_y)
+        c_one[part] = c_y[part]
+        _, gradients = compute("pallas_gpu", arrays, (c_one, np.zeros_like(c_state)), ids, interpret=True)
+        assert all(not np.any(each[other]) for each in gradients[:-1])
+        assert all(np.any(each[part]) for each in gradients[:-1])
+        assert not np.any(gradients[3][:, 70])
+
+
+def test_the_gpu_kernels_can_be_mapped():
+    copies = [small_gpu_case("step", seed=seed)[:2] for seed in range(2)]
+    arrays, cotangents = jax.tree.map(lambda *each: np.stack(each), *copies)
+
+    def gradients(cotangents, *arrays):
+        function = partial(run, "pallas_gpu", interpret=True)
+        return jax.grad(partial(weigh, function, cotangents), argnums=range(5), has_aux=True)(*arrays)
+
+    found = jax.jit(jax.vmap(gradients))(cotangents, *arrays)
+    for i, (one, c_one) in enumerate(copies):
+        values, wanted = exact(one, c_one)
+        close(jax.tree.map(lambda each, i=i: each[i], found), (wanted, values))
+
+
+KERNELS = [("pallas_tpu", jnp.float32), ("pallas_tpu", jnp.bfloat16), ("pallas_gpu", jnp.bfloat16)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), KERNELS)
 @pytest.mark.parametrize("decay", ["none", "step", "channel"])
-def test_kernels_lower_for_their_platform(decay, dtype):
+@pytest.mark.parametrize(("length", "widths"), [(200, (128, 128)), (3, (5, 7))])
+def test_kernels_lower_for_their_platform(name, dtype, decay, length, widths):
     """Forward, rebuilding and backward kernels, with head widths that are and aren't those of a tile."""
-    for length, heads, groups, k_width, v_width in ((200, 4, 2, 128, 64), (3, 3, 1, 5, 7)):
-        shapes = (heads, k_width), (groups, k_width), (groups, v_width)
-        q, k, v = (jax.ShapeDtypeStruct((B, length, *shape), dtype) for shape in shapes)
-        rank = {"none": 0, "step": 3, "channel": 4}[decay]
-        g = jax.ShapeDtypeStruct((B, length, heads, k_width)[:rank], jnp.float32) if rank else None
-        state = jax.ShapeDtypeStruct((B, heads, k_width, v_width), jnp.float32)
-        ids = jax.ShapeDtypeStruct((B, length), jnp.int32)
+    k_width, v_width = widths
+    shapes = (4, k_width), (2, k_width), (2, v_width)
+    q, k, v = (jax.ShapeDtypeStruct((B, length, *shape), dtype) for shape in shapes)
+    rank = {"none": 0, "step": 3, "channel": 4}[decay]
+    g = jax.ShapeDtypeStruct((B, length, 4, k_width)[:rank], jnp.float32) if rank else None
+    state = jax.ShapeDtypeStruct((B, 4, k_width, v_width), jnp.float32)
+    ids = jax.ShapeDtypeStruct((B, length), jnp.int32)
 
-        def slope(ids, *arrays):
-            def total(*arrays):
-                q, k, v, g, state = arrays
-                options = {"segment_ids": ids, "initial_state_BHKV": state, "implementation": "pallas_tpu"}
-                return linear_attention(q, k, v, g, **options)[0].astype(jnp.float32).sum()
+    def slope(ids, *arrays):
+        def total(q, k, v, g, state):
+            options = {"segment_ids": ids, "initial_state_BHKV": state, "implementation": name}
+            return linear_attention(q, k, v, g, **options)[0].astype(jnp.float32).sum()
 
-            return jax.value_and_grad(total, argnums=floats(arrays))(*arrays)
+        return jax.value_and_grad(jax.checkpoint(total), argnums=floats(arrays))(*arrays)
 
-        text = jax.jit(slope).trace(ids, q, k, v, g, state).lower(lowering_platforms=("tpu",)).as_text()
-        assert text.count("tpu_custom_call") == 3
+    trace = partial(jax.jit(slope).trace, ids, q, k, v, g, state)
+    if (name, decay) == ("pallas_gpu", "channel"):
+        with pytest.raises(NotImplementedError, match="decays per channel are not written for it"):
+            trace()
+        return
+    platform, call = {"pallas_tpu": ("tpu", "tpu_custom_call"), "pallas_gpu": ("cuda", "mosaic_gpu_v2")}[name]
+    text = trace().lower(lowering_platforms=(platform,)).as_text()
+    # Under remat there may be a second forward call.
+    assert text.count(f"@{call}(") >= 3
 
 
-def test_kernels_refuse_chunks_that_are_no_tiles():
-    with pytest.raises(NotImplementedError, match="multiples of 8, got LinearAttentionBlocks"):
-        linear_attention(**arguments(implementation="pallas_tpu", blocks=LinearAttentionBlocks(12)))
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("pallas_tpu", {"blocks": LinearAttentionBlocks(12)}, "multiples of 8, got LinearAttentionBlocks"),
+        ("pallas_gpu", {"blocks": LinearAttentionBlocks(128)}, "its chunks have 64 steps, got LinearAttentionBlocks"),
+        ("pallas_gpu", {}, "queries, keys and values are bfloat16, not float32"),
+        ("pallas_gpu", {"log_decay": np.zeros((2, 4, 6, 5), np.float32)}, "decays per channel are not written"),
+        ("pallas_gpu", {"v_BLGV": np.ones((2, 4, 3, 130), np.float32), "initial_state_BHKV": None}, "at most 128 col"),
+    ],
+)
+def test_kernels_say_what_they_refuse(name, change, words):
+    with pytest.raises(NotImplementedError, match=f"linear_attention: .*{name}.*{words}"):
+        linear_attention(**arguments(implementation=name, **change))
+
+
+def test_gpu_kernels_need_hopper(monkeypatch):
+    class Ampere:
+        compute_capability = "8.0"
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Ampere()])
+    with pytest.raises(NotImplementedError, match="only Hopper"):
+        linear_attention(**arguments(implementation="pallas"))
