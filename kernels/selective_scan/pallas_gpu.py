@@ -26,6 +26,9 @@ CHUNK = 8
 # The buffer takes CHUNK N rows of 512 bytes, of the 227 KiB that a program may have.
 MOST_STATES = 48
 _GRID = ("batch", "group", "part")
+# A thread's own channel: what it writes to shared memory in this layout it can read again without a barrier.
+_OWN = plgpu.Layout.WG_STRIDED((LANES,), vec_size=1)
+# Barriers stand where the layout changes, in `add_up`, not around every store.
 _PARAMS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
 
 
@@ -192,7 +195,7 @@ def _backward_kernel(
         def keep_token(t, h):
             h = _clear(h, starts[t])
             for n in range(N):
-                terms[t * N + n] = h[n]
+                terms[t * N + n] = plgpu.layout_cast(h[n], _OWN)
             return _step(h, rates, t, u, delta, maps_in)
 
         jax.lax.fori_loop(0, CHUNK, keep_token, enter)
@@ -203,9 +206,9 @@ def _backward_kernel(
             u_P, delta_P, dy_P = u[t], delta[t], dy[t]
             dinput_P, dlog_P, before, slopes = jnp.zeros_like(u_P), jnp.zeros_like(u_P), [], []
             for n in range(N):
-                h_P = terms[t * N + n]
+                h_P = plgpu.load(terms.at[t * N + n], layout=_OWN)
                 m_P = m[n] + _spread(maps_out[t, n]) * dy_P
-                terms[t * N + n] = m_P * (delta_P * u_P)
+                terms[t * N + n] = plgpu.layout_cast(m_P * (delta_P * u_P), _OWN)
                 dinput_P = dinput_P + _spread(maps_in[t, n]) * m_P
                 m_P = m_P * jnp.exp(delta_P * rates[n])
                 dlog_P = dlog_P + rates[n] * m_P * h_P
