@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kernels.checks import check_segments
 from kernels.dispatch import select
-from kernels.linear_recurrence import chunked, pallas_tpu, reference
+from kernels.linear_recurrence import chunked, pallas_gpu, pallas_tpu, reference
 from kernels.linear_recurrence.blocks import LinearRecurrenceBlocks
 from kernels.segments import flip, segment_starts
 
@@ -60,19 +60,23 @@ def linear_recurrence(
     if initial_state.shape != (B, N):
         raise ValueError(f"{op}: initial_state has shape {initial_state.shape}, expected {(B, N)}")
     check_segments(op, segment_ids, B, L)
-    refused = {}
+    blocks = blocks or LinearRecurrenceBlocks()
+    refused: dict[str, str] = {}
+    if blocks.steps > pallas_gpu.MOST_STEPS:
+        refused["pallas_gpu"] = f"its blocks have at most {pallas_gpu.MOST_STEPS} steps, got {blocks}"
     if dtype != jnp.float32:
-        refused = {"pallas_tpu": f"it computes in float32, not {dtype}"}
+        refused |= dict.fromkeys(("pallas_gpu", "pallas_tpu"), f"it computes in float32, not {dtype}")
     available = {
         "reference": reference.scan,
         "chunked": chunked.scan,
         "pallas_tpu": partial(pallas_tpu.scan, interpret=interpret),
+        "pallas_gpu": partial(pallas_gpu.scan, interpret=interpret),
     }
     run = select(op, implementation, available, refused=refused)
 
     a_BLN, x_BLN, segment_ids = flip((a_BLN.astype(dtype), x_BLN.astype(dtype), segment_ids), reverse)
     starts_BL = None if segment_ids is None else segment_starts(segment_ids)
-    h_BLN, final_BN = run(a_BLN, x_BLN, initial_state.astype(dtype), starts_BL, blocks or LinearRecurrenceBlocks())
+    h_BLN, final_BN = run(a_BLN, x_BLN, initial_state.astype(dtype), starts_BL, blocks)
     return flip(h_BLN, reverse), final_BN
 
 

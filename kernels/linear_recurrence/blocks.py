@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LinearRecurrenceBlocks:
-    """What one program of a kernel holds at a time: `steps` of `channels`, the channels of the GPU times 128.
+    """What one program of a kernel holds at a time: `steps` of `channels`, which are always 128 on the GPU.
 
     The XLA forms have no blocks: without a matrix product there is nothing to gain from them.
     """

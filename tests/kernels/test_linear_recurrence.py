@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import linear_recurrence
 from kernels.linear_recurrence import LinearRecurrenceBlocks, linear_recurrence_step
@@ -18,6 +19,7 @@ OPTIONS = {
     "chunked": {},
     "pallas_tpu": {"blocks": LinearRecurrenceBlocks(steps=4), "interpret": True},
 }
+# The GPU kernel is held to the plain scan by a test of its own: its interpreter is slow.
 XLA = ("reference", "chunked")
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -286,6 +288,16 @@ def test_memory_is_two_sequences(name):
     assert kept <= 2 * x.size + 2 * h.size
 
 
+def test_temporary_memory_is_linear_in_length():
+    def bytes_at(L):
+        a, h = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, L, N), (B, N)))
+        slope = jax.grad(lambda a, x, h: run("chunked", a, x, h)[0].sum(), argnums=(0, 1, 2))
+        return jax.jit(slope).lower(a, a, h).compile().memory_analysis().temp_size_in_bytes
+
+    assert bytes_at(4096) < 4.1 * bytes_at(1024)
+    assert bytes_at(4096) < 8 * (4 * B * N * 4096)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -349,22 +361,69 @@ def test_kernels_take_blocks_that_do_not_divide(name):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_gpu_kernel_is_the_plain_scan(segmented, reverse, capfd):
+    """In the interpreter of the GPU, which looks for races: blocks that do not divide, and more than 128 channels."""
+    generator = np.random.default_rng(0)
+    a, x, c_states = generator.normal(size=(3, 2, 11, 130)).astype(np.float32)
+    h, c_final = generator.normal(size=(2, 2, 130)).astype(np.float32)
+    ids = segment_ids(11) if segmented else None
+    options = {
+        "segment_ids": ids,
+        "reverse": reverse,
+        "implementation": "pallas_gpu",
+        "blocks": LinearRecurrenceBlocks(4),
+        "interpret": plgpu.InterpretGPUParams(detect_races=True),
+    }
+
+    def gradients(function):
+        return jax.jit(jax.value_and_grad(partial(weigh, function, c_states, c_final), argnums=(0, 1, 2)))(a, x, h)
+
+    kernel = gradients(lambda a, x, h: linear_recurrence(a, x, initial_state=h, **options))
+    wanted = gradients(partial(plain, segments=ids, reverse=reverse))
+    for mine, theirs in zip(jax.tree.leaves(kernel), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+    assert "RACE" not in "".join(capfd.readouterr())
+
+
+def test_the_gpu_kernel_can_be_mapped():
+    a, x, h, *_ = (np.stack(arrays) for arrays in zip(*(draw(5, seed=seed) for seed in range(2)), strict=True))
+
+    def run(a, x, h):
+        return linear_recurrence(a, x, initial_state=h, implementation="pallas_gpu", interpret=True)
+
+    states, final = jax.jit(jax.vmap(run))(a, x, h)
+    for i in range(2):
+        wanted = loop(a[i], x[i], h[i])
+        np.testing.assert_allclose(states[i], wanted[0], rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(final[i], wanted[1], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "call"), [("pallas_tpu", "tpu", "tpu_custom_call"), ("pallas_gpu", "cuda", "mosaic_gpu_v2")]
+)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 300, 72), (9, 130, 640)])
-def test_kernels_lower_for_their_platform(shape):
+def test_kernels_lower_for_their_platform(name, platform, call, shape):
     a = jax.ShapeDtypeStruct(shape, jnp.float32)
     h = jax.ShapeDtypeStruct((shape[0], shape[2]), jnp.float32)
 
-    def slope(a, x, h):
-        return jax.grad(
-            lambda *each: linear_recurrence(*each[:2], initial_state=each[2], implementation="pallas_tpu")[0].sum(),
-            argnums=(0, 1, 2),
-        )(a, x, h)
+    @jax.checkpoint
+    def total(a, x, h):
+        return linear_recurrence(a, x, initial_state=h, implementation=name)[0].sum()
 
-    text = jax.jit(slope).trace(a, a, h).lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("tpu_custom_call") >= 2
+    trace = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(a, a, h)
+    assert trace.lower(lowering_platforms=(platform,)).as_text().count(f"@{call}(") >= 2
 
 
-def test_kernels_refuse_complex_numbers():
+def test_the_gpu_kernel_refuses_long_blocks():
+    a, x, *_ = draw(5)
+    with pytest.raises(NotImplementedError, match="'pallas_gpu' can't run this: its blocks have at most 96 steps"):
+        linear_recurrence(a, x, implementation="pallas_gpu", blocks=LinearRecurrenceBlocks(128))
+
+
+@pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu"])
+def test_kernels_refuse_complex_numbers(name):
     a, x, h, *_ = draw(5, np.complex64)
-    with pytest.raises(NotImplementedError, match=r"'pallas_tpu' can't run this: .* not complex64"):
-        linear_recurrence(a, x, initial_state=h, implementation="pallas_tpu")
+    with pytest.raises(NotImplementedError, match=rf"'{name}' can't run this: .* not complex64"):
+        linear_recurrence(a, x, initial_state=h, implementation=name)
