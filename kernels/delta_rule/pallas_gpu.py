@@ -5,11 +5,13 @@ all chunks while the next one is copied to shared memory. A token reads S^T k an
 other. Everything is in float32, without tensor cores: they round what they multiply to 8 or 11 bits, which the
 triangular system of the chunked form does not bear.
 
-The forward kernel writes the state that enters each chunk. The backward kernel takes the chunks from the last to the
-first, recomputes the states of one into global memory, chunk K V numbers for a program that stay in the cache, and runs
-the adjoint over them. Gradients that are sums over columns are written by each program and added up outside.
+Where gradients are asked for, the forward kernel writes the state that enters each chunk. The backward kernel takes the
+chunks from the last to the first, recomputes the states of one into global memory, chunk K V numbers for a program that
+stay in the cache, and runs the adjoint over them. Gradients that are sums over columns are written by each program and
+added up outside.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -136,15 +138,16 @@ def _buffers(R: int, K: int, width: int, backwards: bool):
     return [*tiles, plgpu.Barrier(num_arrivals=len(tiles), num_barriers=2)]
 
 
-def _forward_kernel(q, k, v, beta, decay, state, starts, o, final, entering, *scratch):
-    *buffers, barrier = scratch
+def _forward_kernel(keep, q, k, v, beta, decay, state, starts, o, final, *rest):
+    entering, (*buffers, barrier) = (rest[0], rest[1:]) if keep else (None, rest)
     width = buffers[2].shape[-1]
     b, h, _, columns = _place(width)
     R, L = q.shape[2:4]
 
     def run_chunk(chunk, tiles, S_KV):
         q, k, v, beta, decay, starts = tiles
-        entering[b, h, chunk, :, columns] = S_KV
+        if entering is not None:
+            entering[b, h, chunk, :, columns] = S_KV
 
         def run_token(t, S_KV):
             _, _, _, S_KV = _write(_clear(S_KV, starts[t]), t, k, v, beta, decay)
@@ -202,21 +205,27 @@ def _backward_kernel(q, k, v, beta, decay, entering, starts, do, dfinal, *rest):
 
 
 def _run(q, k, v, beta, decay, state_BHKV, starts_BL, width, interpret):
-    return _forward(q, k, v, beta, decay, state_BHKV, starts_BL, width, interpret)[0]
+    return tuple(_call(q, k, v, beta, decay, state_BHKV, starts_BL, width, interpret, keep=False))
 
 
-def _forward(q, k, v, beta, decay, state_BHKV, starts_BL, width, interpret):
+def _call(q, k, v, beta, decay, state_BHKV, starts_BL, width, interpret, keep):
     B, H, R, L, K = q.shape
     V = v.shape[-1]
-    o, final_BHKV, entering = plgpu.kernel(
-        _forward_kernel,
-        out_type=[_like(B, H, R, L, V), _like(B, H, K, V), _like(B, H, L // CHUNK, K, V)],
+    kept = [_like(B, H, L // CHUNK, K, V)] if keep else []
+    return plgpu.kernel(
+        partial(_forward_kernel, keep),
+        out_type=[_like(B, H, R, L, V), _like(B, H, K, V), *kept],
         scratch_types=_buffers(R, K, width, False),
         grid=(B, H, V // width),
         grid_names=_GRID,
         interpret=interpret,
         kernel_name="delta_rule_forward",
     )(q, k, v, beta, decay, state_BHKV, starts_BL)
+
+
+def _forward(q, k, v, beta, decay, state_BHKV, starts_BL, width, interpret):
+    given = (q, k, v, beta, decay, state_BHKV, starts_BL)
+    o, final_BHKV, entering = _call(*given, width, interpret, keep=True)
     return (o, final_BHKV), (q, k, v, beta, decay, entering, starts_BL)
 
 

@@ -1,9 +1,10 @@
 """The delta rule as two Pallas kernels for TPUs.
 
 A program runs one chunk of one head, as in `chunk`; the chunks of a head follow each other on the grid and hand the
-state on in scratch memory. The forward kernel writes the state that enters each chunk. The backward kernel takes the
-chunks from the last to the first, recomputes each one and pulls the cotangents of its outputs and of the state that
-leaves it back through it, inside the kernel. Products are in float32 precision, also for narrow inputs.
+state on in scratch memory. Where gradients are asked for, the forward kernel writes the state that enters each chunk.
+The backward kernel takes the chunks from the last to the first, recomputes each one and pulls the cotangents of its
+outputs and of the state that leaves it back through it, inside the kernel. Products are in float32 precision, also for
+narrow inputs.
 """
 
 from functools import partial
@@ -46,12 +47,15 @@ def _load(refs):
     return jax.tree.map(lambda ref: ref[...], refs)
 
 
-def _forward_kernel(tokens, run, state, o, final, entering, scratch):
+def _forward_kernel(tokens, run, state, o, final, *rest):
+    *kept, scratch = rest
+
     @pl.when(pl.program_id(2) == 0)
     def _():
         scratch[...] = state[...]
 
-    entering[...] = scratch[...]
+    for entering in kept:
+        entering[...] = scratch[...]
     S_KV, o_RCV = _chunk(run[...], scratch[...], _load(tokens))
     o[...] = o_RCV
     scratch[...] = S_KV
@@ -98,25 +102,29 @@ _ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbi
 
 
 def _run(tokens, run, state_BHKV, interpret):
-    return _forward(tokens, run, state_BHKV, interpret)[0]
+    return tuple(_call(tokens, run, state_BHKV, interpret, keep=False))
 
 
-def _forward(tokens, run, state_BHKV, interpret):
+def _call(tokens, run, state_BHKV, interpret, keep):
     q, _, v, _, _ = tokens
     (B, H, count), (K, V) = v.shape[:3], state_BHKV.shape[2:]
     readings = jax.ShapeDtypeStruct((*q.shape[:-1], V), q.dtype)
     states = jax.ShapeDtypeStruct((B, H, count, K, V), q.dtype)
-    o, final_BHKV, entering = pl.pallas_call(
+    return pl.pallas_call(
         _forward_kernel,
         grid=(B, H, count),
         in_specs=[_specs(tokens, False), _run_spec(run, False), _state_spec(state_BHKV)],
-        out_specs=[_specs(readings, False), _state_spec(state_BHKV), _specs(states, False)],
-        out_shape=[readings, jax.ShapeDtypeStruct(state_BHKV.shape, q.dtype), states],
+        out_specs=[_specs(readings, False), _state_spec(state_BHKV), _specs(states, False)][: 2 + keep],
+        out_shape=[readings, jax.ShapeDtypeStruct(state_BHKV.shape, q.dtype), states][: 2 + keep],
         scratch_shapes=[pltpu.VMEM((K, V), jnp.float32)],
         compiler_params=_ORDER,
         interpret=interpret,
         name="delta_rule_forward",
     )(tokens, run, state_BHKV)
+
+
+def _forward(tokens, run, state_BHKV, interpret):
+    o, final_BHKV, entering = _call(tokens, run, state_BHKV, interpret, keep=True)
     return (o, final_BHKV), (tokens, run, entering)
 
 

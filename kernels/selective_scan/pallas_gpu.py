@@ -3,13 +3,14 @@
 A warpgroup runs 128 channels, one in each thread, over all chunks: the N states of a channel stay in registers, and a
 step needs nothing from another thread. The next chunk is copied to shared memory while one is at work.
 
-The forward kernel writes the state that enters each chunk. The backward kernel takes the chunks from the last to the
-first and runs over each three times: once for the gradient of C, once to keep the states in shared memory, and once
-backwards for the adjoint, as in `chunked`. The gradients of B and C are sums over channels: one buffer in shared memory
-takes the terms of a chunk, which are then added up along its rows; each warpgroup writes its own sums, and those are
-added up outside. Chunks are as short as that buffer needs.
+Where gradients are asked for, the forward kernel writes the state that enters each chunk. The backward kernel takes the
+chunks from the last to the first and runs over each three times: once for the gradient of C, once to keep the states in
+shared memory, and once backwards for the adjoint, as in `chunked`. The gradients of B and C are sums over channels: one
+buffer in shared memory takes the terms of a chunk, which are then added up along its rows; each warpgroup writes its
+own sums, and those are added up outside. Chunks are as short as that buffer needs.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -100,16 +101,17 @@ def _step(h, A, t, u, delta, maps_in):
     return [jnp.exp(delta[t] * A[n]) * h[n] + _spread(maps_in[t, n]) * input_P for n in range(len(h))]
 
 
-def _forward_kernel(u, delta, A, maps_in, maps_out, h, starts, y, final, entering, *scratch):
-    *buffers, barrier = scratch
+def _forward_kernel(keep, u, delta, A, maps_in, maps_out, h, starts, y, final, *rest):
+    entering, (*buffers, barrier) = (rest[0], rest[1:]) if keep else (None, rest)
     b, g, lanes = _place()
     N, count = A.shape[1], u.shape[2] // CHUNK
     rates = [A[g, n, lanes] for n in range(N)]
 
     def run_chunk(chunk, tiles, h):
         u, delta, maps_in, maps_out, starts = tiles
-        for n in range(N):
-            entering[b, g, chunk, n, lanes] = h[n]
+        if entering is not None:
+            for n in range(N):
+                entering[b, g, chunk, n, lanes] = h[n]
 
         def run_token(t, h):
             h = _step(_clear(h, starts[t]), rates, t, u, delta, maps_in)
@@ -138,20 +140,17 @@ def _buffers(N: int, tokens: int):
 
 
 def _run(u, delta, A_GNP, B_BGLN, C_BGLN, state_BGNP, starts_BL, interpret):
-    return _forward(u, delta, A_GNP, B_BGLN, C_BGLN, state_BGNP, starts_BL, interpret)[0]
+    return tuple(_call(u, delta, A_GNP, B_BGLN, C_BGLN, state_BGNP, starts_BL, interpret, keep=False))
 
 
-def _forward(u, delta, A_GNP, B_BGLN, C_BGLN, state_BGNP, starts_BL, interpret):
+def _call(u, delta, A_GNP, B_BGLN, C_BGLN, state_BGNP, starts_BL, interpret, keep):
     B, G, L, P = u.shape
     N = A_GNP.shape[1]
     like = jax.ShapeDtypeStruct
-    y, final, entering = plgpu.kernel(
-        _forward_kernel,
-        out_type=[
-            like(u.shape, jnp.float32),
-            like(state_BGNP.shape, jnp.float32),
-            like((B, G, L // CHUNK, N, P), jnp.float32),
-        ],
+    kept = [like((B, G, L // CHUNK, N, P), jnp.float32)] if keep else []
+    return plgpu.kernel(
+        partial(_forward_kernel, keep),
+        out_type=[like(u.shape, jnp.float32), like(state_BGNP.shape, jnp.float32), *kept],
         scratch_types=_buffers(N, 2),
         grid=(B, G, P // LANES),
         grid_names=_GRID,
@@ -159,6 +158,11 @@ def _forward(u, delta, A_GNP, B_BGLN, C_BGLN, state_BGNP, starts_BL, interpret):
         interpret=interpret,
         kernel_name="selective_scan_forward",
     )(u, delta, A_GNP, B_BGLN, C_BGLN, state_BGNP, starts_BL)
+
+
+def _forward(u, delta, A_GNP, B_BGLN, C_BGLN, state_BGNP, starts_BL, interpret):
+    given = (u, delta, A_GNP, B_BGLN, C_BGLN, state_BGNP, starts_BL)
+    y, final, entering = _call(*given, interpret, keep=True)
     return (y, final), (u, delta, A_GNP, B_BGLN, C_BGLN, entering, starts_BL)
 
 

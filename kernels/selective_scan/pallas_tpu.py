@@ -2,10 +2,10 @@
 
 A program runs the channels of one block through one chunk; the chunks of a block follow each other on the grid and hand
 the state on in scratch memory. Channels lie along the lanes and states along the sublanes, so that a step is
-elementwise but for sums over the states. The forward kernel writes the state that enters each chunk; the backward
-kernel takes the chunks from the last to the first, recomputes their states into scratch memory and runs the adjoint
-over them, as in `chunked`. Gradients of B and C are sums over channels: each block writes its own, and they are added
-up outside.
+elementwise but for sums over the states. Where gradients are asked for, the forward kernel writes the state that enters
+each chunk; the backward kernel takes the chunks from the last to the first, recomputes their states into scratch memory
+and runs the adjoint over them, as in `chunked`. Gradients of B and C are sums over channels: each block writes its own,
+and they are added up outside.
 """
 
 from typing import Any
@@ -89,12 +89,15 @@ def _clear(x_NP: jax.Array, starts_ref, t: jax.Array) -> jax.Array:
     return jax.lax.select(starts_ref[0, t] != 0, jnp.zeros_like(x_NP), x_NP)
 
 
-def _forward_kernel(u_ref, delta_ref, A_ref, B_ref, C_ref, h_ref, starts_ref, y_ref, final_ref, entering_ref, scratch):
+def _forward_kernel(u_ref, delta_ref, A_ref, B_ref, C_ref, h_ref, starts_ref, y_ref, final_ref, *rest):
+    *kept, scratch = rest
+
     @pl.when(pl.program_id(3) == 0)
     def _():
         scratch[...] = h_ref[...]
 
-    entering_ref[...] = scratch[...]
+    for entering_ref in kept:
+        entering_ref[...] = scratch[...]
     A_NP, B_NC, C_NC = A_ref[...], B_ref[...], C_ref[...]
 
     def step(t, h_NP):
@@ -187,28 +190,31 @@ _ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "para
 
 
 def _run(u, delta, A_GNP, B_BGcNC, C_BGcNC, state_BGNP, starts, width, interpret):
-    return _forward(u, delta, A_GNP, B_BGcNC, C_BGcNC, state_BGNP, starts, width, interpret)[0]
+    return tuple(_call(u, delta, A_GNP, B_BGcNC, C_BGcNC, state_BGNP, starts, width, interpret, keep=False))
 
 
-def _forward(u, delta, A_GNP, B_BGcNC, C_BGcNC, state_BGNP, starts, width, interpret):
+def _call(u, delta, A_GNP, B_BGcNC, C_BGcNC, state_BGNP, starts, width, interpret, keep):
     B, G, count, chunk, P = u.shape
     N = A_GNP.shape[1]
     specs = _Specs(chunk, N, width, count, False)
-    y, final, entering = pl.pallas_call(
+    like = jax.ShapeDtypeStruct
+    kept = [like((B, G, count, N, P), u.dtype)] if keep else []
+    return pl.pallas_call(
         _forward_kernel,
         grid=(B, G, P // width, count),
         in_specs=[specs.token, specs.token, specs.rates, specs.map, specs.map, specs.state, specs.starts],
-        out_specs=[specs.token, specs.state, specs.entering],
-        out_shape=[
-            jax.ShapeDtypeStruct(u.shape, u.dtype),
-            jax.ShapeDtypeStruct(state_BGNP.shape, u.dtype),
-            jax.ShapeDtypeStruct((B, G, count, N, P), u.dtype),
-        ],
+        out_specs=[specs.token, specs.state, specs.entering][: 2 + keep],
+        out_shape=[like(u.shape, u.dtype), like(state_BGNP.shape, u.dtype), *kept],
         scratch_shapes=[pltpu.VMEM((N, width), jnp.float32)],
         compiler_params=_ORDER,
         interpret=interpret,
         name="selective_scan_forward",
     )(u, delta, A_GNP, B_BGcNC, C_BGcNC, state_BGNP, starts)
+
+
+def _forward(u, delta, A_GNP, B_BGcNC, C_BGcNC, state_BGNP, starts, width, interpret):
+    given = (u, delta, A_GNP, B_BGcNC, C_BGcNC, state_BGNP, starts)
+    y, final, entering = _call(*given, width, interpret, keep=True)
     return (y, final), (u, delta, A_GNP, B_BGcNC, C_BGcNC, entering, starts)
 
 

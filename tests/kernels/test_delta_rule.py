@@ -430,6 +430,23 @@ def test_what_the_gpu_has_no_room_for(heads, K, words):
         delta_rule(q, k, v, beta, implementation="pallas_gpu")
 
 
+@pytest.mark.parametrize("implementation", [*OTHERS, "gpu"])
+def test_values_without_gradients(implementation):
+    """Kernels then keep no states."""
+    arguments, options, cotangents = draw("full", 3)
+    run = jax.jit(partial(RUN.get(implementation, RUN_ON_GPU), **options))
+    outputs = run(**arguments)
+    assert_close(outputs, compute("reference", arguments, options, cotangents)[0])
+
+
+@pytest.mark.parametrize(("implementation", "platform"), [("pallas_tpu", "tpu"), ("pallas_gpu", "cuda")])
+def test_kernels_lower_without_gradients(implementation, platform):
+    run = partial(delta_rule, implementation=implementation)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H200)):
+        traced = jax.jit(run).trace(**kernel_shapes(jnp.float32, gate=True))
+        assert "delta_rule_forward" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
 def test_kernels_refuse_float64():
     with jax.enable_x64(True), pytest.raises(NotImplementedError, match=r"delta_rule: .*'pallas_tpu'.* float64"):
         delta_rule(**{n: each.astype(np.float64) for n, each in arrays().items()}, implementation="pallas_tpu")

@@ -437,6 +437,24 @@ def test_too_many_states_for_the_gpu():
         selective_scan(**arguments, implementation="pallas_gpu")
 
 
+@pytest.mark.parametrize("implementation", [*OTHERS, "gpu"])
+def test_values_without_gradients(implementation):
+    """Kernels then keep no states."""
+    arguments, options, cotangents = draw("full", 3)
+    floats, ids = split_ids(arguments)
+    run = jax.jit(partial(RUN.get(implementation, RUN_ON_GPU), **options))
+    outputs = run(**floats, segment_ids=ids)
+    assert_close(outputs, compute("reference", arguments, options, cotangents)[0])
+
+
+@pytest.mark.parametrize(("implementation", "platform"), [("pallas_tpu", "tpu"), ("pallas_gpu", "cuda")])
+def test_kernels_lower_without_gradients(implementation, platform):
+    run = partial(selective_scan, implementation=implementation)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H200)):
+        traced = jax.jit(run).trace(**kernel_shapes(jnp.float32, N=5))
+        assert "selective_scan_forward" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
 def test_kernels_refuse_float64():
     with jax.enable_x64(True), pytest.raises(NotImplementedError, match=r"selective_scan: .*'pallas_tpu'.* float64"):
         selective_scan(**arrays(), implementation="pallas_tpu", interpret=True)
