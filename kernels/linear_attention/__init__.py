@@ -65,6 +65,102 @@ def linear_attention(
             transformations), an unknown implementation.
         NotImplementedError: the named implementation can't run here or with these arguments.
     """
+    y_BLHV, final_BHKV = _read(
+        q_BLHK,
+        k_BLGK,
+        v_BLGV,
+        log_decay,
+        initial_state_BHKV=initial_state_BHKV,
+        segment_ids=segment_ids,
+        reverse=reverse,
+        normalise=normalise,
+        scale=scale,
+        implementation=implementation,
+        blocks=blocks,
+        interpret=interpret,
+    )
+    return (_divide(y_BLHV) if normalise else y_BLHV).astype(v_BLGV.dtype), final_BHKV
+
+
+def bidirectional_linear_attention(
+    q_BLHK: jax.Array,
+    k_BLGK: jax.Array,
+    v_BLGV: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    normalise: bool = False,
+    scale: float = 1.0,
+    implementation: str = "auto",
+    blocks: LinearAttentionBlocks | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """Each step reads all steps of its segment: the forward and the reverse run, with the step itself counted once.
+
+        y_t = scale * sum_s (q_t * exp(a_ts)) k_s v_s,   a_ts = g_{s+1} + .. + g_t if s <= t else g_t + .. + g_{s-1}
+
+    Arguments, result y_BLHV and errors are those of `linear_attention`; there is no state to carry.
+    """
+    options = {
+        "segment_ids": segment_ids,
+        "normalise": normalise,
+        "scale": scale,
+        "implementation": implementation,
+        "blocks": blocks,
+        "interpret": interpret,
+    }
+    ahead_BLHV, _ = _read(q_BLHK, k_BLGK, v_BLGV, log_decay, reverse=False, **options)
+    back_BLHV, _ = _read(q_BLHK, k_BLGK, v_BLGV, log_decay, reverse=True, **options)
+    values = _with_ones(v_BLGV) if normalise else scale * v_BLGV.astype(ahead_BLHV.dtype)
+    share = q_BLHK.shape[2] // k_BLGK.shape[2]
+    k_BLHK, v_BLHV = (jnp.repeat(each.astype(ahead_BLHV.dtype), share, axis=2) for each in (k_BLGK, values))
+    twice_BLHV = (q_BLHK.astype(ahead_BLHV.dtype) * k_BLHK).sum(-1, keepdims=True) * v_BLHV
+    y_BLHV = ahead_BLHV + back_BLHV - twice_BLHV
+    return (_divide(y_BLHV) if normalise else y_BLHV).astype(v_BLGV.dtype)
+
+
+def linear_attention_step(
+    state_BHKV: jax.Array,
+    q_BHK: jax.Array,
+    k_BGK: jax.Array,
+    v_BGV: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    normalise: bool = False,
+    scale: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """One token from a carried state: y_BHV and the next state. Arguments as of `linear_attention`, without L."""
+    if log_decay is not None and log_decay.ndim > 1:
+        log_decay = log_decay[:, None]
+    y_BLHV, state_BHKV = linear_attention(
+        q_BHK[:, None],
+        k_BGK[:, None],
+        v_BGV[:, None],
+        log_decay,
+        initial_state_BHKV=state_BHKV,
+        normalise=normalise,
+        scale=scale,
+        implementation="reference",
+    )
+    return y_BLHV[:, 0], state_BHKV
+
+
+def _read(
+    q_BLHK,
+    k_BLGK,
+    v_BLGV,
+    log_decay,
+    *,
+    initial_state_BHKV=None,
+    segment_ids,
+    reverse,
+    normalise,
+    scale,
+    implementation,
+    blocks,
+    interpret,
+) -> tuple[jax.Array, jax.Array]:
+    """Outputs in the dtype of the state, not yet normalised but with the column of z, and the final state."""
     op = "linear_attention"
     check_rank(op, "q", q_BLHK, "(B, L, H, K)")
     check_rank(op, "v", v_BLGV, "(B, L, G, V)")
@@ -77,10 +173,8 @@ def linear_attention(
     check_array(op, "v", v_BLGV, "(B, L, G, V)", (B, L, G, V))
     if log_decay is not None:
         check_rank(op, "log_decay", log_decay, "(H)", "(B, L, H)", "(B, L, H, K)")
-        axes, shape = {1: ("(H,)", (H,)), 3: ("(B, L, H)", (B, L, H)), 4: ("(B, L, H, K)", (B, L, H, K))}[
-            log_decay.ndim
-        ]
-        _check_decay(op, log_decay, axes, shape)
+        axes = {1: "(H,)", 3: "(B, L, H)", 4: "(B, L, H, K)"}[log_decay.ndim]
+        _check_decay(op, log_decay, axes, (H,) if log_decay.ndim == 1 else (B, L, H, K)[: log_decay.ndim])
     columns, axes = (V + 1, "(B, H, K, V + 1)") if normalise else (V, "(B, H, K, V)")
     check_array(op, "initial_state", initial_state_BHKV, axes, (B, H, K, columns))
     check_segments(op, segment_ids, B, L)
@@ -109,65 +203,7 @@ def linear_attention(
     index_BL = None if ids is None else segment_index(ids)
     factor = 1.0 if normalise else float(scale)
     y_BLHV, final_BHKV = run(q, k, values, log_decay, initial_state_BHKV.astype(dtype), index_BL, factor, blocks)
-    y_BLHV = flip(y_BLHV, reverse)
-    return (_divide(y_BLHV) if normalise else y_BLHV).astype(v_BLGV.dtype), final_BHKV
-
-
-def bidirectional_linear_attention(
-    q_BLHK: jax.Array,
-    k_BLGK: jax.Array,
-    v_BLGV: jax.Array,
-    log_decay: jax.Array | None = None,
-    *,
-    segment_ids: jax.Array | None = None,
-    normalise: bool = False,
-    scale: float = 1.0,
-    implementation: str = "auto",
-    blocks: LinearAttentionBlocks | None = None,
-    interpret: Any = False,
-) -> jax.Array:
-    """Each step reads all steps of its segment: the forward and the reverse run, with the step itself counted once.
-
-        y_t = scale * sum_s (q_t * exp(a_ts)) k_s v_s,   a_ts = g_{s+1} + .. + g_t if s <= t else g_t + .. + g_{s-1}
-
-    Arguments, result y_BLHV and errors are those of `linear_attention`; there is no state to carry.
-    """
-    values = _with_ones(v_BLGV) if normalise else v_BLGV
-    wide = values.astype(_widest(q_BLHK, k_BLGK, v_BLGV, log_decay))
-    options = {"segment_ids": segment_ids, "implementation": implementation, "blocks": blocks, "interpret": interpret}
-    ahead_BLHV, _ = linear_attention(q_BLHK, k_BLGK, wide, log_decay, **options)
-    back_BLHV, _ = linear_attention(q_BLHK, k_BLGK, wide, log_decay, reverse=True, **options)
-    share = q_BLHK.shape[2] // k_BLGK.shape[2]
-    k_BLHK, wide_BLHV = (jnp.repeat(each.astype(wide.dtype), share, axis=2) for each in (k_BLGK, wide))
-    twice_BLHV = (q_BLHK.astype(wide.dtype) * k_BLHK).sum(-1, keepdims=True) * wide_BLHV
-    y_BLHV = ahead_BLHV + back_BLHV - twice_BLHV
-    return (_divide(y_BLHV) if normalise else scale * y_BLHV).astype(v_BLGV.dtype)
-
-
-def linear_attention_step(
-    state_BHKV: jax.Array,
-    q_BHK: jax.Array,
-    k_BGK: jax.Array,
-    v_BGV: jax.Array,
-    log_decay: jax.Array | None = None,
-    *,
-    normalise: bool = False,
-    scale: float = 1.0,
-) -> tuple[jax.Array, jax.Array]:
-    """One token from a carried state: y_BHV and the next state. Arguments as of `linear_attention`, without L."""
-    if log_decay is not None and log_decay.ndim > 1:
-        log_decay = log_decay[:, None]
-    y_BLHV, state_BHKV = linear_attention(
-        q_BHK[:, None],
-        k_BGK[:, None],
-        v_BGV[:, None],
-        log_decay,
-        initial_state_BHKV=state_BHKV,
-        normalise=normalise,
-        scale=scale,
-        implementation="reference",
-    )
-    return y_BLHV[:, 0], state_BHKV
+    return flip(y_BLHV, reverse), final_BHKV
 
 
 def _check_decay(op: str, log_decay: jax.Array, axes: str, shape: tuple[int, ...]) -> None:
