@@ -62,6 +62,8 @@ def linear_recurrence(
     check_segments(op, segment_ids, B, L)
     blocks = blocks or LinearRecurrenceBlocks()
     refused: dict[str, str] = {}
+    if jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < 9:
+        refused["pallas_gpu"] = "it copies blocks as only Hopper and later do"
     if blocks.steps > pallas_gpu.MOST_STEPS:
         refused["pallas_gpu"] = f"its blocks have at most {pallas_gpu.MOST_STEPS} steps, got {blocks}"
     if dtype != jnp.float32:

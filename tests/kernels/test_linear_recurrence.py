@@ -424,6 +424,17 @@ def test_kernels_lower_for_their_platform(name, platform, call, shape):
     assert trace.lower(lowering_platforms=(platform,)).as_text().count(f"@{call}(") >= 2
 
 
+def test_the_gpu_kernel_needs_hopper(monkeypatch):
+    class Ampere:
+        compute_capability = "8.0"
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Ampere()])
+    a, x, *_ = draw(5)
+    with pytest.raises(NotImplementedError, match="only Hopper and later"):
+        linear_recurrence(a, x, implementation="pallas")
+
+
 def test_the_gpu_kernel_refuses_long_blocks():
     a, x, *_ = draw(5)
     with pytest.raises(NotImplementedError, match="'pallas_gpu' can't run this: its blocks have at most 96 steps"):
