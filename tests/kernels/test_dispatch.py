@@ -26,23 +26,22 @@ def test_a_named_implementation_is_taken_on_every_platform(monkeypatch, name, pl
     assert select("op", name, ALL) == name
 
 
-@pytest.mark.parametrize(("platform", "name"), [("cpu", "chunked"), ("gpu", "pallas_gpu"), ("tpu", "pallas_tpu")])
-def test_auto_follows_the_platform(monkeypatch, platform, name):
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_auto_runs_no_kernel_that_was_never_timed(monkeypatch, platform):
     on(monkeypatch, platform)
-    assert select("op", "auto", ALL) == name
+    assert select("op", "auto", ALL) == "chunked"
 
 
 def test_auto_passes_over_what_is_refused_or_not_there(monkeypatch):
     on(monkeypatch, "gpu")
-    assert select("op", "auto", ALL, refused={"pallas_gpu": "too wide"}) == "chunked"
+    order = AUTO | {"gpu": ("pallas_gpu", "chunked")}
+    assert select("op", "auto", ALL, auto=order) == "pallas_gpu"
+    assert select("op", "auto", ALL, refused={"pallas_gpu": "too wide"}, auto=order) == "chunked"
     assert select("op", "auto", {"reference": "reference"}) == "reference"
-    with pytest.raises(NotImplementedError, match=r"op: no implementation .* on gpu \(.*pallas_gpu: too wide"):
-        select("op", "auto", {"pallas_gpu": 1}, refused={"pallas_gpu": "too wide"})
-
-
-def test_an_op_may_prefer_another_order(monkeypatch):
-    on(monkeypatch, "cpu")
-    assert select("op", "auto", ALL, auto=AUTO | {"cpu": ("reference",)}) == "reference"
+    with pytest.raises(
+        NotImplementedError, match=r"op: no implementation .* on gpu \(pallas_gpu: too wide; chunked: not"
+    ):
+        select("op", "auto", {"pallas_gpu": 1}, refused={"pallas_gpu": "too wide"}, auto=order)
 
 
 def test_auto_on_an_unknown_platform_is_that_of_the_cpu(monkeypatch):
