@@ -30,14 +30,14 @@ class World:
     """
 
     size: int = 12
-    colours: int = 5
+    colours: int = 4
     walls: int = 2
     coding: Coding = "relative"
     subgoal_colours: int = 1
     task_length: int = 3
     pretraining: tuple[str, ...] = ()
     post_training: str = "0123"
-    withheld: tuple[str, ...] = ("01", "12", "23", "34", "40")
+    withheld: tuple[str, ...] = ("01", "12", "23", "30")
     """Subgoal transitions that no pretraining task may have; the post-training task's are withheld in any case."""
     horizon: int = 100
     """Steps after which an episode is truncated."""
@@ -181,7 +181,7 @@ class Discover:
     alpha_start: float = 1e-4
     hold: float = 0.2
     ramp: float = 0.35
-    turned_view: bool = True
+    turned_view: bool = False
     held_out: int = 512
     """Held-out demonstrations that the gate is measured on."""
 

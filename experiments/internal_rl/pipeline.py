@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.internal_rl import control, discover, figures, pretrain, probe, reinforce, show
+from experiments.internal_rl import codes, control, discover, figures, pretrain, probe, reinforce, show
 from experiments.internal_rl.config import Config
 from experiments.report import Claim, Figure, Section, SideBySide, Table, write_report
 from experiments.runner import RunDirectory, RunError
@@ -59,12 +59,16 @@ def run_stages(
         success = " ".join(f"{rate:.2f}" for rate in measured["success_by_layer"])
         print(f"control: post-training success by layer {success}; base alone {measured['raw_success']:.1e}")
     if "discover" in stages:
-        results, _ = discover.measure(run, config, model, metacontrollers(run, config, model))
+        stacked = metacontrollers(run, config, model)
+        results, _ = discover.measure(run, config, model, stacked)
         for row in results["rows"]:
             print(
                 f"discover: KL weight {row['alpha']:g}: NLL {row['action_nll']:.3f}, F1 {row['exact']['f1']:.2f}, "
                 f"{row['exact']['ratio']:.2f} switches per true switch"
             )
+        if not run.is_done("codes"):
+            key = jax.random.fold_in(jax.random.key(config.seed), 10)
+            run.stage_done("codes", codes.measure(config, model, chosen_metacontroller(config, stacked), key))
     if "reinforce" in stages:
         learn(run, config, model)
     return conclude(run, config)
@@ -168,6 +172,17 @@ def conclude(run: RunDirectory, config: Config) -> dict[str, Any]:
         table = Table(columns, rows, f"The base model alone has an NLL of {results['base_nll']:.3f}.")
         caption = f"Gate at KL weight {config.discover.chosen:g}, held-out demonstrations."
         sections.append(Section("Temporal abstraction", [Figure(gate, caption), Figure(sweep), table]))
+    if run.is_done("codes"):
+        results, _ = run.stage_results("codes")
+        measured["codes"] = results
+        claims.append(
+            Claim(
+                "A code names a subgoal: held in fresh layouts, it leads to the same colour",
+                f"information of code and first colour {results['information']:.3f} of {results['at_most']:.2f} nats "
+                f"({results['by_sampling']:.3f} by sampling alone)",
+                results["information"] >= 0.5 * results["at_most"],
+            )
+        )
     if run.is_done("reinforce"):
         results, success = run.stage_results("reinforce")
         finals = {learner: np.array(values) for learner, values in results["final"].items()}

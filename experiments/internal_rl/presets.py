@@ -29,6 +29,7 @@ def tiny() -> Config:
                 rank=4,
                 embedder_width=16,
             ),
+            turned_view=True,
             held_out=32,
         ),
         reinforce=Reinforce(grpo=grpo, raw_grpo=grpo, updates=4, seeds=2, chunk=2, max_switches=8, policy_width=16),
@@ -76,7 +77,6 @@ def paper() -> Config:
             alpha_start=0.0,
             hold=0.0,
             ramp=0.0,
-            turned_view=False,
         ),
         reinforce=Reinforce(
             grpo=GRPOConfig(batch=1024),
