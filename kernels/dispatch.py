@@ -11,7 +11,7 @@ import jax
 
 # What `auto` tries on each platform, in this order. The Pallas kernels have been interpreted and lowered but never
 # timed on a device: until they are, they run only where they are named.
-AUTO = dict.fromkeys(("cpu", "gpu", "tpu"), ("chunked", "reference"))
+AUTO: dict[str, tuple[str, ...]] = dict.fromkeys(("cpu", "gpu", "tpu"), ("chunked", "reference"))
 PALLAS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}
 
 
