@@ -26,9 +26,10 @@ def test_result_says_what_was_measured(finished):
     stored = json.loads((path / "result.json").read_text())
     assert set(stored) >= {"claim", "measured", "holds", "seeds", "spread", "claims"}
     assert stored["holds"] is False, "a few steps of training cannot show the claim"
-    assert len(stored["claims"]) == 4
+    assert len(stored["claims"]) == 5
     measured = stored["measured"]
     assert len(measured["control"]["success_by_layer"]) == 3
+    assert 0 <= measured["codes"]["information"] <= measured["codes"]["at_most"]
     assert len(measured["final_success"]["internal"]) == stored["seeds"] == 2
     assert result["claims"][0]["claim"] == stored["claims"][0]["claim"]
 
