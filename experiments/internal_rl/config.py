@@ -167,7 +167,7 @@ class Discover:
 
     The weight is `alpha_start` for the first `hold` of training, then rises linearly over `ramp` of it. `chosen` is the
     one that internal RL uses. With `turned_view` the encoder reads each demonstration as it would be in a world turned
-    or mirrored at random, so that a code cannot name a direction.
+    or mirrored at random, through the last layer's stream, so that a code cannot name a direction.
     """
 
     optimiser: AdamWConfig = AdamWConfig(
