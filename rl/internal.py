@@ -32,14 +32,19 @@ from seqmod.mixers.base import Params, rms_norm
 class PolicyConfig:
     """Recurrent Gaussian policy over z: `layers` RG-LRU blocks of `width` over the residual streams seen at switches.
 
-    `latent` Z; `inputs` D of the residual stream. Mean and log standard deviation start at zero, the prior the decoder
-    was trained under.
+    `latent` Z; `inputs` D of the residual stream. The mean starts at zero and the standard deviation at `initial_std`;
+    1 is the prior the decoder was trained under.
     """
 
     inputs: int
     latent: int
     width: int = 64
     layers: int = 1
+    initial_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.initial_std > 0:
+            raise ValueError(f"PolicyConfig: initial_std is {self.initial_std}, expected above 0")
 
     @property
     def backbone(self) -> BackboneConfig:
@@ -101,9 +106,11 @@ class Memory(NamedTuple):
 
 
 def init_policy(key: jax.Array, config: PolicyConfig) -> Params:
-    """Fresh policy parameters; both heads start at zero."""
+    """Fresh policy parameters, whose codes do not depend on the input: both heads' kernels start at zero."""
     params = backbone.init(key, config.backbone)
-    return {**params, "heads": jax.tree.map(jnp.zeros_like, params["heads"])}
+    heads = jax.tree.map(jnp.zeros_like, params["heads"])
+    heads["log_std"]["bias"] += jnp.log(config.initial_std)
+    return {**params, "heads": heads}
 
 
 def _policy_input(e: jax.Array) -> jax.Array:

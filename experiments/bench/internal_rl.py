@@ -84,17 +84,20 @@ def rows(config: Config, repeats: int) -> list[Row]:
     table.append(Row("pretraining", timed(lambda: chunk(state), repeats), tokens, "tokens", 3 * token * tokens))
 
     meta = metacontroller.init(key, config.discover.metacontroller)
-    learn, start, tokens = discover.trainer(config, params, steps)
+    # Base model: half a forward pass for the stream, a whole one for the turned view, half of one and twice that back
+    # for the edited rest, in each of the models.
+    once = 0.5 + config.discover.turned_view
+    if config.discover.learn_steps:
+        learn, first = discover.learner(config, params, steps)
+        tokens = steps * config.discover.learn_batch * window
+        seconds = timed(lambda: learn(first), repeats)
+        table.append(Row("metacontroller, first phase", seconds, tokens, "tokens", token * tokens * (once + 1)))
     models = len(config.discover.alphas)
-    table.append(
-        Row(
-            f"metacontroller, {models} KL weights",
-            timed(lambda: learn(start), repeats),
-            tokens,
-            "tokens",
-            token * tokens * (0.5 + models),
-        )
-    )
+    sweep, begun = discover.sweeper(config, params, meta, steps)
+    tokens = steps * config.discover.optimiser.batch * window
+    seconds = timed(lambda: sweep(begun), repeats)
+    name = f"metacontroller, {models} KL weights"
+    table.append(Row(name, seconds, tokens, "tokens", token * tokens * (once + models)))
 
     settings, env, env_params = config.reinforce, config.world.env, config.world.post_training_params
     policy, shape = reinforce.policy_config(config), reinforce.controlled(config)

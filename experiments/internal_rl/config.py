@@ -1,6 +1,6 @@
 """Everything that can be set in the internal-RL experiment, and its three presets."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -163,33 +163,57 @@ class Control:
 
 @dataclass(frozen=True)
 class Discover:
-    """Metacontroller training on the frozen base, once for each KL weight in `alphas`.
+    """Metacontroller training on the frozen base: one model learns codes, then one for each KL weight is trained on.
 
-    The weight is `alpha_start` for the first `hold` of training, then rises linearly over `ramp` of it. `chosen` is the
-    one that internal RL uses. With `turned_view` the encoder reads each demonstration as it would be in a world turned
-    or mirrored at random, through the last layer's stream, so that a code cannot name a direction.
+    First a single metacontroller is trained for `learn_steps` at the small KL weight `learn_alpha`, until its codes say
+    where a demonstration goes. Then `optimiser` goes on from it once for each weight of `alphas`, on the same batches;
+    the weight rises geometrically from `learn_alpha` over the first `ramp` of the steps. `chosen` is the weight that
+    internal RL uses. Without `learn_steps` all start fresh; without `ramp` the weight is constant, as in the paper.
+
+    With `turned_view` the encoder reads each demonstration as it would be in a world turned or mirrored at random,
+    through the last layer's stream, so that a code cannot name a direction.
     """
 
+    learn_steps: int = 1000
+    learn_batch: int = 256
+    learn_rate: float = 3e-3
+    learn_alpha: float = 1e-4
     optimiser: AdamWConfig = AdamWConfig(
-        learning_rate=3e-3, weight_decay=0.03, steps=3500, batch=32, warmup=100, schedule="cosine"
+        learning_rate=1e-3, weight_decay=0.03, steps=1500, batch=64, warmup=50, schedule="cosine"
     )
     metacontroller: MetacontrollerConfig = MetacontrollerConfig(
         gate="straight_through", gate_bias=-1.5, initial_log_sigma=-2.0
     )
-    alphas: tuple[float, ...] = (0.1, 0.17, 0.2)
-    chosen: float = 0.17
-    alpha_start: float = 1e-4
-    hold: float = 0.2
-    ramp: float = 0.35
-    turned_view: bool = False
+    alphas: tuple[float, ...] = (0.01, 0.02, 0.05)
+    chosen: float = 0.02
+    ramp: float = 0.5
+    turned_view: bool = True
     held_out: int = 512
     """Held-out demonstrations that the gate is measured on."""
 
     def __post_init__(self) -> None:
         if self.chosen not in self.alphas:
             raise ValueError(f"Discover: chosen is {self.chosen}, expected one of alphas {self.alphas}")
-        if not (0 <= self.hold <= 1 and 0 <= self.ramp <= 1):
-            raise ValueError(f"Discover: hold {self.hold} and ramp {self.ramp} must be fractions of training")
+        if not 0 <= self.ramp <= 1:
+            raise ValueError(f"Discover: ramp is {self.ramp}, expected a fraction of training")
+        if self.ramp and min(self.learn_alpha, *self.alphas) <= 0:
+            raise ValueError(
+                f"Discover: a geometric ramp needs weights above 0, got {self.learn_alpha} and {self.alphas}"
+            )
+        if self.learn_steps < 0:
+            raise ValueError(f"Discover: learn_steps is {self.learn_steps}, expected at least 0")
+
+    @property
+    def learn_optimiser(self) -> AdamWConfig:
+        """The optimiser of the first phase; ValueError without one."""
+        return replace(
+            self.optimiser,
+            learning_rate=self.learn_rate,
+            steps=self.learn_steps,
+            batch=self.learn_batch,
+            warmup=min(self.optimiser.warmup, self.learn_steps - 1),
+            schedule="constant",
+        )
 
 
 @dataclass(frozen=True)
@@ -202,6 +226,8 @@ class Reinforce:
     learning_rate: float = 1e-3
     raw_learning_rate: float = 3e-5
     policy_width: int = 64
+    initial_std: float = 2.0
+    """Of the policy over codes. Codes of more than unit length steer harder than the prior's (README)."""
     max_switches: int = 24
     seeds: int = 5
     forced_baseline: bool = False

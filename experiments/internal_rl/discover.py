@@ -19,35 +19,35 @@ from seqmod.objectives import masked_mean
 
 
 def alpha_at(config: Config, alpha: jax.Array, step: jax.Array) -> jax.Array:
-    """KL weight at a step of training: `alpha_start`, held, then risen linearly to `alpha`."""
-    settings, total = config.discover, config.discover.optimiser.steps
-    risen = jnp.clip((step - settings.hold * total) / max(settings.ramp * total, 1.0), 0.0, 1.0)
-    return settings.alpha_start + (alpha - settings.alpha_start) * risen
+    """KL weight at a step of the sweep: risen geometrically from `learn_alpha` to `alpha`, then constant."""
+    settings = config.discover
+    if not settings.ramp:
+        return jnp.asarray(alpha)
+    risen = jnp.clip(step / (settings.ramp * settings.optimiser.steps), 0.0, 1.0)
+    return settings.learn_alpha * (alpha / settings.learn_alpha) ** risen
 
 
-def trainer(
-    config: Config, model: Params, steps: int, *, forced: bool = False
-) -> tuple[Callable[[train.TrainState], tuple[train.TrainState, Any]], train.TrainState, int]:
-    """The compiled training function of `steps` steps, its initial state, and the tokens a call takes from the expert.
-
-    `forced` trains the paper's baseline instead, whose gate is always open, at the chosen weight only.
-    """
-    settings, shape, layer = config.discover, config.model, config.layer
-    alphas = jnp.array([settings.chosen] if forced else settings.alphas)
-    tx = settings.optimiser.make()
-    base_sample = sampler(config, settings.optimiser.batch)
+def _sampler(config: Config, model: Params, batch: int) -> train.Sample:
+    """key -> (demonstrations, residual stream at the controlled layer, the encoder's view of it or None)."""
+    shape, demonstrations = config.model, sampler(config, batch)
     turn = jax.vmap(jax.vmap(config.world.env.turn, in_axes=(0, None)))
 
     def sample(key):
         k_demos, k_turn = jax.random.split(key)
-        demos = base_sample(k_demos)
-        e_BLD = backbone.lower(model, shape, demos.obs_BLF, layer)
-        if not settings.turned_view:
+        demos = demonstrations(k_demos)
+        e_BLD = backbone.lower(model, shape, demos.obs_BLF, config.layer)
+        if not config.discover.turned_view:
             return demos, e_BLD, None
-        symmetry_B = jax.random.randint(k_turn, (settings.optimiser.batch,), 0, 8)
+        symmetry_B = jax.random.randint(k_turn, (batch,), 0, 8)
         return demos, e_BLD, backbone.lower(model, shape, turn(demos.obs_BLF, symmetry_B), shape.layers)
 
-    def loss(params, batch, key, step, alpha):
+    return sample
+
+
+def _loss(config: Config, model: Params, alpha_of_step: Callable[..., Any], forced: bool) -> train.Loss:
+    settings = config.discover
+
+    def loss(params, batch, key, step, *alpha):
         demos, e_BLD, view_BLD = batch
         out = metacontroller.unroll(
             params,
@@ -59,36 +59,72 @@ def trainer(
             view_BLD=view_BLD,
         )
         edited_BLD = metacontroller.control(params, e_BLD, out.z_BLZ)
-        nll = action_nll(config, backbone.upper(model, shape, edited_BLD, layer), demos)
+        nll = action_nll(config, backbone.upper(model, config.model, edited_BLD, config.layer), demos)
         kl = masked_mean(out.kl_BL, demos.valid_BL)
         beta = masked_mean(out.beta_BL, demos.valid_BL)
-        return nll + alpha_at(config, alpha, step) * kl, {"action_nll": nll, "kl": kl, "beta": beta}
+        return nll + alpha_of_step(step, *alpha) * kl, {"action_nll": nll, "kl": kl, "beta": beta}
 
+    return loss
+
+
+Training = tuple[Callable[[train.TrainState], tuple[train.TrainState, Any]], train.TrainState]
+"""A compiled training function and its initial state."""
+
+
+def learner(config: Config, model: Params, steps: int, *, forced: bool = False) -> Training:
+    """First phase: one metacontroller at the small KL weight, `steps` steps a call."""
+    settings = config.discover
+    tx = settings.learn_optimiser.make()
+    loss = _loss(config, model, lambda step: settings.learn_alpha, forced)
     k_init, k_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 4))
     params = metacontroller.init(k_init, settings.metacontroller)
+    return train.make_chunk(_sampler(config, model, settings.learn_batch), loss, tx, steps), train.start(
+        params, tx, k_train
+    )
+
+
+def sweeper(config: Config, model: Params, params: Params, steps: int, *, forced: bool = False) -> Training:
+    """Second phase: a metacontroller for each KL weight, all from `params`, `steps` steps a call.
+
+    `forced` trains the paper's baseline instead, whose gate is always open, at the chosen weight only.
+    """
+    settings = config.discover
+    alphas = jnp.array([settings.chosen] if forced else settings.alphas)
+    tx = settings.optimiser.make()
+    loss = _loss(config, model, lambda step, alpha: alpha_at(config, alpha, step), forced)
     stacked = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], len(alphas), axis=0), params)
-    chunk = train.make_chunk(sample, loss, tx, steps, hyper=alphas)
-    tokens = steps * settings.optimiser.batch * config.world.window
-    return chunk, train.start(stacked, tx, k_train, sweep=True), tokens
+    chunk = train.make_chunk(_sampler(config, model, settings.optimiser.batch), loss, tx, steps, hyper=alphas)
+    return chunk, train.start(stacked, tx, jax.random.fold_in(jax.random.key(config.seed), 9), sweep=True)
 
 
 def discover(run: RunDirectory, config: Config, model: Params, *, forced: bool = False) -> Params:
     """Train one metacontroller for each KL weight, on the same demonstrations. Returns their parameters, stacked."""
-    steps = config.discover.optimiser.steps
-    per_call = min(steps, 100)
-    chunk, state, _ = trainer(config, model, per_call, forced=forced)
-    state, _ = train_chunks(
-        run,
-        "discover-forced" if forced else "discover",
-        state,
-        chunk,
-        max(1, steps // per_call),
-        units_per_chunk=per_call,
-        unit="steps",
-        config={"forced": forced},
-        checkpoint_every=4,
-    )
-    return state.params
+    settings = config.discover
+    name = "discover-forced" if forced else "discover"
+
+    def train_for(stage: str, training: Training, total: int, per_call: int) -> Params:
+        chunk, state = training
+        state, _ = train_chunks(
+            run,
+            stage,
+            state,
+            chunk,
+            max(1, total // per_call),
+            units_per_chunk=per_call,
+            unit="steps",
+            config={"forced": forced},
+            checkpoint_every=4,
+        )
+        return state.params
+
+    per_call = min(settings.learn_steps, 50)
+    if settings.learn_steps:
+        training = learner(config, model, per_call, forced=forced)
+        params = train_for(f"{name}-learn", training, settings.learn_steps, per_call)
+    else:
+        params = metacontroller.init(jax.random.fold_in(jax.random.key(config.seed), 4), settings.metacontroller)
+    per_call = min(settings.optimiser.steps, 100)
+    return train_for(name, sweeper(config, model, params, per_call, forced=forced), settings.optimiser.steps, per_call)
 
 
 def matched_switches(predicted: np.ndarray, true: np.ndarray, tolerance: int) -> int:
@@ -139,18 +175,25 @@ def measure(
 
     @jax.jit
     def held_out(model):
-        demos = sampler(config, settings.held_out)(jax.random.fold_in(jax.random.key(config.seed), 5))
-        e_BLD = backbone.lower(model, shape, demos.obs_BLF, layer)
-        return demos, e_BLD, action_nll(config, backbone.upper(model, shape, e_BLD, layer), demos)
+        key = jax.random.fold_in(jax.random.key(config.seed), 5)
+        demos, e_BLD, view_BLD = _sampler(config, model, settings.held_out)(key)
+        return demos, e_BLD, view_BLD, action_nll(config, backbone.upper(model, shape, e_BLD, layer), demos)
 
-    demos, e_BLD, base_nll = held_out(model)
+    demos, e_BLD, view_BLD, base_nll = held_out(model)
 
     @jax.jit
-    def gate(params, model, demos, e_BLD):
+    def gate(params, model, demos, e_BLD, view_BLD):
         def run_gate(binary: bool):
             key = jax.random.key(0)
             out = metacontroller.unroll(
-                params, settings.metacontroller, key, e_BLD, demos.valid_BL, gate_noise=False, binary=binary
+                params,
+                settings.metacontroller,
+                key,
+                e_BLD,
+                demos.valid_BL,
+                gate_noise=False,
+                binary=binary,
+                view_BLD=view_BLD,
             )
             edited = metacontroller.control(params, e_BLD, out.z_BLZ)
             return out, action_nll(config, backbone.upper(model, shape, edited, layer), demos)
@@ -174,7 +217,7 @@ def measure(
 
     rows, gates = [], []
     for index, alpha in enumerate(settings.alphas):
-        beta_BL, numbers = gate(pick(stacked, index), model, demos, e_BLD)
+        beta_BL, numbers = gate(pick(stacked, index), model, demos, e_BLD, view_BLD)
         beta_BL = np.asarray(beta_BL)
         middle = ((beta_BL > 0.1) & (beta_BL < 0.9))[:, 1:][valid_BL[:, 1:]].mean()
         numbers = {name: float(value) for name, value in numbers.items()}

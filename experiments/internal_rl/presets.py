@@ -18,6 +18,8 @@ def tiny() -> Config:
         probe=Probe(optimiser=few),
         control=Control(optimiser=few, rank=2, episodes=64, raw_episodes=64),
         discover=Discover(
+            learn_steps=20,
+            learn_batch=8,
             optimiser=few,
             metacontroller=MetacontrollerConfig(
                 width=16,
@@ -29,7 +31,6 @@ def tiny() -> Config:
                 rank=4,
                 embedder_width=16,
             ),
-            turned_view=True,
             held_out=32,
         ),
         reinforce=Reinforce(grpo=grpo, raw_grpo=grpo, updates=4, seeds=2, chunk=2, max_switches=8, policy_width=16),
@@ -74,9 +75,9 @@ def paper() -> Config:
             metacontroller=MetacontrollerConfig(width=256, embedder_width=256),
             alphas=(0.0, 0.05, 0.1, 0.17, 0.3, 0.5, 1.0),
             chosen=0.17,
-            alpha_start=0.0,
-            hold=0.0,
+            learn_steps=0,
             ramp=0.0,
+            turned_view=False,
         ),
         reinforce=Reinforce(
             grpo=GRPOConfig(batch=1024),
@@ -85,6 +86,7 @@ def paper() -> Config:
             learning_rate=3e-5,
             raw_learning_rate=3e-5,
             policy_width=256,
+            initial_std=1.0,
             max_switches=100,
         ),
         layer=3,

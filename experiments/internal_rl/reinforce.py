@@ -34,7 +34,10 @@ def controlled(config: Config, *, always_open: bool = False) -> Controlled:
 def policy_config(config: Config) -> PolicyConfig:
     """Shapes of the internal policy."""
     return PolicyConfig(
-        inputs=config.base.width, latent=config.discover.metacontroller.latent, width=config.reinforce.policy_width
+        inputs=config.base.width,
+        latent=config.discover.metacontroller.latent,
+        width=config.reinforce.policy_width,
+        initial_std=config.reinforce.initial_std,
     )
 
 

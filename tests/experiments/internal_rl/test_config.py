@@ -52,13 +52,16 @@ def test_paper_preset_traces():
     assert 3_000_000 < weights < 4_500_000
 
 
-def test_alpha_is_held_then_rises_to_its_value():
-    config = dataclasses.replace(
-        tiny(),
-        discover=dataclasses.replace(tiny().discover, alpha_start=0.01, hold=0.25, ramp=0.5),
-    )
-    values = [float(alpha_at(config, jax.numpy.array(0.17), jax.numpy.array(step))) for step in (0, 5, 10, 15, 20)]
-    np.testing.assert_allclose(values, [0.01, 0.01, 0.09, 0.17, 0.17], rtol=1e-6)
+def test_alpha_rises_geometrically_to_its_value():
+    settings = dataclasses.replace(tiny().discover, learn_alpha=1e-4, ramp=0.5)
+    config = dataclasses.replace(tiny(), discover=settings)
+    steps = jax.numpy.array([0, 5, 10, 20])
+    np.testing.assert_allclose(alpha_at(config, jax.numpy.array(0.01), steps), [1e-4, 1e-3, 1e-2, 1e-2], rtol=1e-5)
+
+
+def test_without_a_ramp_alpha_is_constant():
+    assert float(alpha_at(paper(), jax.numpy.array(0.0), jax.numpy.array(0))) == 0.0
+    assert float(alpha_at(paper(), jax.numpy.array(0.17), jax.numpy.array(0))) == pytest.approx(0.17)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +74,9 @@ def test_alpha_is_held_then_rises_to_its_value():
         (["--base.width", "24"], "expected base.width 24"),
         (["--world.pretraining", "012"], "withheld transitions"),
         (["--discover.chosen", "9"], "chosen is 9"),
+        (["--discover.ramp", "2"], "ramp is 2"),
+        (["--discover.learn-alpha", "0"], "weights above 0"),
+        (["--discover.learn-steps", "-1"], "learn_steps is -1"),
     ],
 )
 def test_bad_settings_end_with_a_message(arguments, message, capsys):
