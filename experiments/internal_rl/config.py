@@ -174,7 +174,7 @@ class Discover:
     through the last layer's stream, so that a code cannot name a direction.
     """
 
-    learn_steps: int = 1000
+    learn_steps: int = 1500
     learn_batch: int = 256
     learn_rate: float = 3e-3
     learn_alpha: float = 1e-4
@@ -220,9 +220,9 @@ class Discover:
 class Reinforce:
     """Internal RL and its baselines, each with the same number of episodes per seed."""
 
-    grpo: GRPOConfig = GRPOConfig()
-    raw_grpo: GRPOConfig = GRPOConfig(epochs=1)
-    updates: int = 96
+    grpo: GRPOConfig = GRPOConfig(horizon=64)
+    raw_grpo: GRPOConfig = GRPOConfig(horizon=64, epochs=1)
+    updates: int = 200
     learning_rate: float = 1e-3
     raw_learning_rate: float = 3e-5
     policy_width: int = 64
