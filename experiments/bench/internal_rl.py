@@ -88,7 +88,7 @@ def rows(config: Config, repeats: int) -> list[Row]:
     # for the edited rest, in each of the models.
     once = 0.5 + config.discover.turned_view
     if config.discover.learn_steps:
-        learn, first = discover.learner(config, params, steps)
+        learn, first = discover.learner(config, params, meta, steps)
         tokens = steps * config.discover.learn_batch * window
         seconds = timed(lambda: learn(first), repeats)
         table.append(Row("metacontroller, first phase", seconds, tokens, "tokens", token * tokens * (once + 1)))

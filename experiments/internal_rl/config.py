@@ -169,6 +169,7 @@ class Discover:
     where a demonstration goes. Then `optimiser` goes on from it once for each weight of `alphas`, on the same batches;
     the weight rises geometrically from `learn_alpha` over the first `ramp` of the steps. `chosen` is the weight that
     internal RL uses. Without `learn_steps` all start fresh; without `ramp` the weight is constant, as in the paper.
+    More than 50 (first phase) or 100 steps are rounded down to a multiple of that.
 
     With `turned_view` the encoder reads each demonstration as it would be in a world turned or mirrored at random,
     through the last layer's stream, so that a code cannot name a direction.

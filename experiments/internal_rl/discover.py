@@ -71,22 +71,22 @@ Training = tuple[Callable[[train.TrainState], tuple[train.TrainState, Any]], tra
 """A compiled training function and its initial state."""
 
 
-def learner(config: Config, model: Params, steps: int, *, forced: bool = False) -> Training:
-    """First phase: one metacontroller at the small KL weight, `steps` steps a call."""
+def learner(config: Config, model: Params, params: Params, steps: int, *, forced: bool = False) -> Training:
+    """First phase: one metacontroller from `params` at the small KL weight, `steps` steps a call.
+
+    `forced` trains the paper's baseline instead, whose gate is always open.
+    """
     settings = config.discover
     tx = settings.learn_optimiser.make()
     loss = _loss(config, model, lambda step: settings.learn_alpha, forced)
-    k_init, k_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 4))
-    params = metacontroller.init(k_init, settings.metacontroller)
-    return train.make_chunk(_sampler(config, model, settings.learn_batch), loss, tx, steps), train.start(
-        params, tx, k_train
-    )
+    chunk = train.make_chunk(_sampler(config, model, settings.learn_batch), loss, tx, steps)
+    return chunk, train.start(params, tx, jax.random.fold_in(jax.random.key(config.seed), 11))
 
 
 def sweeper(config: Config, model: Params, params: Params, steps: int, *, forced: bool = False) -> Training:
     """Second phase: a metacontroller for each KL weight, all from `params`, `steps` steps a call.
 
-    `forced` trains the paper's baseline instead, whose gate is always open, at the chosen weight only.
+    `forced` trains the paper's baseline at the chosen weight only.
     """
     settings = config.discover
     alphas = jnp.array([settings.chosen] if forced else settings.alphas)
@@ -117,14 +117,14 @@ def discover(run: RunDirectory, config: Config, model: Params, *, forced: bool =
         )
         return state.params
 
-    per_call = min(settings.learn_steps, 50)
+    params = metacontroller.init(jax.random.fold_in(jax.random.key(config.seed), 4), settings.metacontroller)
     if settings.learn_steps:
-        training = learner(config, model, per_call, forced=forced)
+        per_call = min(settings.learn_steps, 50)
+        training = learner(config, model, params, per_call, forced=forced)
         params = train_for(f"{name}-learn", training, settings.learn_steps, per_call)
-    else:
-        params = metacontroller.init(jax.random.fold_in(jax.random.key(config.seed), 4), settings.metacontroller)
     per_call = min(settings.optimiser.steps, 100)
-    return train_for(name, sweeper(config, model, params, per_call, forced=forced), settings.optimiser.steps, per_call)
+    training = sweeper(config, model, params, per_call, forced=forced)
+    return train_for(name, training, settings.optimiser.steps, per_call)
 
 
 def matched_switches(predicted: np.ndarray, true: np.ndarray, tolerance: int) -> int:

@@ -188,13 +188,14 @@ def conclude(run: RunDirectory, config: Config) -> dict[str, Any]:
         finals = {learner: np.array(values) for learner, values in results["final"].items()}
         measured["final_success"] = results["final"]
         internal, raw = float(np.median(finals["internal"])), float(np.median(finals["raw"]))
-        honest = ceiling if ceiling else 1.0
+        honest = 1.0 if ceiling is None else ceiling
+        of = "no ceiling measured" if ceiling is None else f"true-subgoal controllers {honest:.2f}"
         claims.append(
             Claim(
                 "Internal RL solves the task; raw-action RL with as many episodes does not",
                 f"median success {internal:.2f} against {raw:.1e} ({len(finals['internal'])} seeds, "
                 f"{success['internal'].shape[1] * config.reinforce.grpo.batch:,} episodes each; "
-                f"true-subgoal controllers {honest:.2f})",
+                f"{of})",
                 honest >= 0.1 and internal >= 0.8 * honest and raw <= 0.1 * honest,
             )
         )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from rl import Controlled, Frozen, GRPOConfig, InternalEnv, InternalParams, PolicyConfig, grpo, internal
 from seqmod import BackboneConfig, MetacontrollerConfig, backbone, metacontroller
@@ -126,6 +127,17 @@ def test_the_fast_rollout_is_the_environment_step_for_step(tiny, frozen, policy,
     jax.tree.map(np.testing.assert_array_equal, state.raw, raw["final_state"])
     assert set(state.terminated.tolist()) == {True, False}
     assert int(state.time.max()) == (12 if controlled is FORCED else L)
+
+
+def test_first_codes_have_the_initial_spread_whatever_is_seen():
+    policy = PolicyConfig(inputs=8, latent=Z, width=8, initial_std=2.0)
+    params = internal.init_policy(jax.random.key(0), policy)
+    e_BMD = 3.0 * jax.random.normal(jax.random.key(1), (4, 3, 8))
+    z_BMZ = jax.random.normal(jax.random.key(2), (4, 3, Z))
+    expected = scipy.stats.norm(scale=2.0).logpdf(np.asarray(z_BMZ, np.float64)).sum(-1)
+    np.testing.assert_allclose(internal.policy_log_prob(policy, params, e_BMD, z_BMZ), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="initial_std is 0"):
+        PolicyConfig(inputs=8, latent=Z, initial_std=0.0)
 
 
 LEARNER = BackboneConfig(inputs=5, heads=(("action", 3),), mixers=("rglru",), width=8, mlp=11, attention_heads=2)
