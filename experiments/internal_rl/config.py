@@ -175,19 +175,19 @@ class Discover:
     through the last layer's stream, so that a code cannot name a direction.
     """
 
-    learn_steps: int = 1500
+    learn_steps: int = 1000
     learn_batch: int = 256
     learn_rate: float = 3e-3
     learn_alpha: float = 1e-4
     optimiser: AdamWConfig = AdamWConfig(
-        learning_rate=1e-3, weight_decay=0.03, steps=1500, batch=64, warmup=50, schedule="cosine"
+        learning_rate=3e-3, weight_decay=0.03, steps=1200, batch=64, warmup=50, schedule="cosine"
     )
     metacontroller: MetacontrollerConfig = MetacontrollerConfig(
         gate="straight_through", gate_bias=-1.5, initial_log_sigma=-2.0
     )
-    alphas: tuple[float, ...] = (0.01, 0.02, 0.05)
-    chosen: float = 0.02
-    ramp: float = 0.5
+    alphas: tuple[float, ...] = (0.01, 0.05, 0.17)
+    chosen: float = 0.05
+    ramp: float = 0.25
     turned_view: bool = True
     held_out: int = 512
     """Held-out demonstrations that the gate is measured on."""
@@ -223,7 +223,7 @@ class Reinforce:
 
     grpo: GRPOConfig = GRPOConfig(horizon=64)
     raw_grpo: GRPOConfig = GRPOConfig(horizon=64, epochs=1)
-    updates: int = 200
+    updates: int = 120
     learning_rate: float = 1e-3
     raw_learning_rate: float = 3e-5
     policy_width: int = 64

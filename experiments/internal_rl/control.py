@@ -4,12 +4,14 @@ They show that a linear edit of the residual stream makes the base model pursue 
 transitions that no demonstration has. With the true subgoal switched on they are the honest ceiling of internal RL.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.internal_rl import codes
 from experiments.internal_rl.config import Config
 from experiments.internal_rl.pretrain import action_nll, sampler
 from experiments.runner import RunDirectory, train_chunks
@@ -18,6 +20,10 @@ from rl.rollout import Episodes, Step, rollout
 from seqmod import backbone, train
 from seqmod.mixers.base import Params, scaled_normal
 from seqmod.residual import low_rank_update
+
+
+def _steer(controllers: Params, e: jax.Array, subgoal: jax.Array) -> jax.Array:
+    return low_rank_update(e, controllers["down"][subgoal], controllers["up"][subgoal])
 
 
 def steered_rollout(
@@ -39,7 +45,7 @@ def steered_rollout(
             last = step.state.task_K.shape[1] - 1
             position_B1 = jnp.minimum(step.state.progress, last)[:, None]
             target_B = jnp.take_along_axis(step.state.task_K, position_B1, axis=1)[:, 0] // world.subgoal_colours
-            e_BD = low_rank_update(e_BD, controllers["down"][target_B], controllers["up"][target_B])
+            e_BD = _steer(controllers, e_BD, target_B)
         outputs, upper = backbone.upper_step(model, shape, e_BD, upper, layer)
         action_B = jax.random.categorical(key, outputs["action"])
         record = {"agent": step.state.agent, "progress": step.state.progress, "objects": step.state.objects_J}
@@ -56,8 +62,8 @@ def control(run: RunDirectory, config: Config, model: Params) -> dict[str, Any]:
     """Train and evaluate the controllers of every layer, and the base model alone.
 
     Returns `success_by_layer` and `nll_by_layer` (lists over layers 0..), `pretraining_success_by_layer`, `raw_success`
-    of the uncontrolled base on the post-training task, `base_success` of it on the pretraining tasks, and
-    `steps_per_subgoal` of the expert.
+    of the uncontrolled base on the post-training task, `base_success` of it on the pretraining tasks, `ceiling` the
+    success at the controlled layer, and `held_information` of its controllers (see `codes`).
     """
     if run.is_done("control"):
         return run.stage_results("control")[0]
@@ -70,14 +76,14 @@ def control(run: RunDirectory, config: Config, model: Params) -> dict[str, Any]:
     measured: dict[str, Any] = {"success_by_layer": [], "nll_by_layer": [], "pretraining_success_by_layer": []}
 
     for layer in range(shape.layers + 1):
-        k_init, k_train, k_post, k_pre = jax.random.split(jax.random.fold_in(key, layer), 4)
+        k_init, k_train, k_post, k_pre, k_held = jax.random.split(jax.random.fold_in(key, layer), 5)
         D, R, G = shape.width, settings.rank, world.subgoals
         controllers = {"down": scaled_normal(k_init, (G, R, D), D, 1.0), "up": jnp.zeros((G, D, R))}
 
         def loss(controllers, demos, key, step, layer=layer):
             subgoal_BL = demos.target_BL // world.subgoal_colours
             e_BLD = jax.lax.stop_gradient(backbone.lower(model, shape, demos.obs_BLF, layer))
-            e_BLD = low_rank_update(e_BLD, controllers["down"][subgoal_BL], controllers["up"][subgoal_BL])
+            e_BLD = _steer(controllers, e_BLD, subgoal_BL)
             nll = action_nll(config, backbone.upper(model, shape, e_BLD, layer), demos)
             return nll, {"action_nll": nll}
 
@@ -100,6 +106,9 @@ def control(run: RunDirectory, config: Config, model: Params) -> dict[str, Any]:
         measured["success_by_layer"].append(float(on_post.return_B.mean()))
         measured["pretraining_success_by_layer"].append(float(on_pre.return_B.mean()))
         measured["nll_by_layer"].append(float(np.mean(metrics["action_nll"][-100:])))
+        if layer == config.layer:
+            counts_GO = codes.first_colours(config, model, partial(_steer, state.params), k_held, G, 1024)
+            measured["held_information"] = codes.information(counts_GO)
 
     alone = jax.jit(lambda key, params: steered_rollout(config, model, None, config.layer, params, key, 4096).return_B)
     rounds = -(-settings.raw_episodes // 4096)

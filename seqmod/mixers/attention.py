@@ -62,13 +62,6 @@ def init(key: jax.Array, config: AttentionConfig) -> Params:
     }
 
 
-def _attend(config: AttentionConfig, q_BQHK, k_BMHK, v_BMHK, bias_QMH, visible_BQM) -> jax.Array:
-    scores_BHQM = jnp.einsum("BQHK,BMHK->BHQM", q_BQHK, k_BMHK) * config.head_dim**-0.5
-    scores_BHQM = scores_BHQM + jnp.moveaxis(bias_QMH, -1, 0)[None]
-    scores_BHQM = jnp.where(visible_BQM[:, None], scores_BHQM, -1e30)
-    return jnp.einsum("BHQM,BMHK->BQHK", jax.nn.softmax(scores_BHQM, axis=-1), v_BMHK)
-
-
 def apply(params: Params, config: AttentionConfig, x_BLD: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """Parallel form, (B, L, D) to (B, L, D); a step sees itself and earlier steps of its own segment."""
     L = x_BLD.shape[1]
@@ -79,7 +72,10 @@ def apply(params: Params, config: AttentionConfig, x_BLD: jax.Array, segment_ids
         runs_BL = segment_runs(segment_ids)
         visible_BLL = visible_BLL & (runs_BL[:, :, None] == runs_BL[:, None])
     bias_LLH = params["bias"][bucket(jnp.maximum(distance_LL, 0), config.buckets, config.max_distance)]
-    y_BLHK = _attend(config, qkv[0], qkv[1], qkv[2], bias_LLH, visible_BLL)
+    scores_BHLL = jnp.einsum("BQHK,BMHK->BHQM", qkv[0], qkv[1]) * config.head_dim**-0.5
+    scores_BHLL = scores_BHLL + jnp.moveaxis(bias_LLH, -1, 0)[None]
+    weights_BHLL = jax.nn.softmax(jnp.where(visible_BLL[:, None], scores_BHLL, -1e30), axis=-1)
+    y_BLHK = jnp.einsum("BHQM,BMHK->BQHK", weights_BHLL, qkv[2])
     return jnp.einsum("BLHK,HKD->BLD", y_BLHK, params["out"])
 
 
@@ -99,10 +95,13 @@ def step(
     k_BMHK = jax.lax.dynamic_update_slice_in_dim(state.k_BMHK, qkv[1][:, None], slot, axis=1)
     v_BMHK = jax.lax.dynamic_update_slice_in_dim(state.v_BMHK, qkv[2][:, None], slot, axis=1)
     # The age of what each slot holds; a slot older than the sequence is still empty.
-    distance_1M = ((state.time - jnp.arange(M)) % M)[None]
-    bias_1MH = params["bias"][bucket(distance_1M, config.buckets, config.max_distance)]
-    y_B1HK = _attend(config, qkv[0][:, None], k_BMHK, v_BMHK, bias_1MH, (distance_1M <= state.time)[None])
-    y_BD = jnp.einsum("BHK,HKD->BD", y_B1HK[:, 0], params["out"])
+    distance_M = (state.time - jnp.arange(M)) % M
+    bias_MH = params["bias"][bucket(distance_M, config.buckets, config.max_distance)]
+    # One query an episode: a multiply and a sum need no transposed copy of the cache, as a matmul does.
+    scores_BMH = (qkv[0][:, None] * k_BMHK).sum(-1) * config.head_dim**-0.5 + bias_MH[None]
+    scores_BMH = jnp.where((distance_M <= state.time)[None, :, None], scores_BMH, -1e30)
+    y_BHK = (jax.nn.softmax(scores_BMH, axis=1)[..., None] * v_BMHK).sum(1)
+    y_BD = jnp.einsum("BHK,HKD->BD", y_BHK, params["out"])
     return y_BD, AttentionState(k_BMHK, v_BMHK, state.time + 1)
 
 

@@ -28,14 +28,14 @@ def test_codes_that_steer_and_codes_that_do_not():
     config = tiny()
     model = backbone.init(jax.random.key(0), config.model)
     controller = metacontroller.init(jax.random.key(1), config.discover.metacontroller)
-    counts = codes.first_colours(config, model, controller, jax.random.key(2), 6, 32)
+    measured = codes.measure(config, model, controller, jax.random.key(2), 6, 32)
+    counts = np.array(measured["counts"])
     assert counts.shape == (6, config.world.colours + 1)
     assert (counts.sum(1) == 32).all()
-    measured = codes.measure(config, model, controller, jax.random.key(2), 6, 32)
-    assert measured["counts"] == counts.tolist()
+    assert measured["information"] == codes.information(counts)
     idle = {**controller, "decoder": jax.tree.map(jnp.zeros_like, controller["decoder"])}
     strong = {**controller, "decoder": jax.tree.map(lambda leaf: 30.0 * leaf, controller["decoder"])}
     for steering, dependent in ((idle, False), (strong, True)):
-        table = codes.first_colours(config, model, steering, jax.random.key(3), 6, 256)
+        table = np.array(codes.measure(config, model, steering, jax.random.key(3), 6, 256)["counts"])
         p_value = chi2_contingency(table[:, table.sum(0) > 0]).pvalue
         assert (p_value < 1e-6) == dependent
