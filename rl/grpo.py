@@ -97,12 +97,14 @@ def improve(
         updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), (value, kl, optax.tree.norm(grads))
 
-    def learn(carry):
-        def epoch(carry, key):
-            order = jax.random.permutation(key, config.batch).reshape(config.minibatches, -1)
-            return jax.lax.scan(minibatch, carry, order)
+    def order(key):
+        return jax.random.permutation(key, config.batch).reshape(config.minibatches, -1)
 
-        return jax.lax.scan(epoch, carry, jax.random.split(key, config.epochs))
+    # Drawn here: mapped over seeds, the branch below may take arrays but no keys.
+    order_EMI = jax.vmap(order)(jax.random.split(key, config.epochs))
+
+    def learn(carry):
+        return jax.lax.scan(lambda carry, order_MI: jax.lax.scan(minibatch, carry, order_MI), carry, order_EMI)
 
     def skip(carry):
         zeros = jnp.zeros((config.epochs, config.minibatches))

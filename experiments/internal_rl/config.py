@@ -225,7 +225,7 @@ class Reinforce:
     raw_grpo: GRPOConfig = GRPOConfig(horizon=64, epochs=1)
     updates: int = 120
     learning_rate: float = 1e-3
-    raw_learning_rate: float = 3e-5
+    raw_learning_rate: float = 3e-4
     policy_width: int = 64
     initial_std: float = 2.0
     """Of the policy over codes. Codes of more than unit length steer harder than the prior's (README)."""

@@ -63,7 +63,7 @@ def control(run: RunDirectory, config: Config, model: Params) -> dict[str, Any]:
 
     Returns `success_by_layer` and `nll_by_layer` (lists over layers 0..), `pretraining_success_by_layer`, `raw_success`
     of the uncontrolled base on the post-training task, `base_success` of it on the pretraining tasks, `ceiling` the
-    success at the controlled layer, and `held_information` of its controllers (see `codes`).
+    success at the best layer, and `held_information` of the controllers at the controlled layer (see `codes`).
     """
     if run.is_done("control"):
         return run.stage_results("control")[0]
@@ -117,6 +117,6 @@ def control(run: RunDirectory, config: Config, model: Params) -> dict[str, Any]:
     measured["raw_success"] = float(np.mean(raw))
     measured["raw_episodes"] = rounds * 4096
     measured["base_success"] = float(alone(k_base, pre).mean())
-    measured["ceiling"] = measured["success_by_layer"][config.layer]
+    measured["ceiling"] = max(measured["success_by_layer"])
     run.stage_done("control", measured)
     return measured

@@ -81,11 +81,18 @@ def sweep_figure(path: Path, results: Mapping[str, Any], chosen: float) -> Path:
     scores.axhline(results["random"]["within_one"]["f1"], color="0.5", linestyle=":", label="F1 of a random gate")
     scores.axhline(results["always_open"]["within_one"]["f1"], color="0.5", linestyle="--", label="F1 of an open gate")
     scores.axvline(chosen, color="0.8", zorder=0)
-    scores.set(xlabel="KL weight", ylim=(0, 1.02), title="Switches within one step")
+    scores.set(ylim=(0, 1.02), title="Switches within one step")
     ratio.plot(alphas, [row["exact"]["ratio"] for row in rows], marker="o")
     ratio.axhspan(0.75, 1.33, color=COLORS[2], alpha=0.2, label="0.75 to 1.33")
     ratio.axvline(chosen, color="0.8", zorder=0)
-    ratio.set(xlabel="KL weight", yscale="symlog", title="Switches per true switch")
+    most = max(2.0, *(row["exact"]["ratio"] for row in rows))
+    ratio.set(ylim=(0, 1.1 * most), title="Switches per true switch")
+    least = min((alpha for alpha in alphas if alpha > 0), default=1.0)
+    for ax in (scores, ratio):
+        ax.set_xscale("symlog", linthresh=least)  # a weight of 0 has its place too
+        ax.set(xlabel="KL weight", xlim=(min(0.7 * min(alphas), 0.5 * least), 1.5 * max(alphas)))
+        ax.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
+        ax.minorticks_off()
     return save(fig, path)
 
 
@@ -101,7 +108,7 @@ def reinforcement_figure(
             episodes = (np.arange(smooth.shape[1]) + width) * episodes_per_update
             floor = 0.0 if scale == "linear" else 0.5 / (width * episodes_per_update)
             line_with_band(ax, episodes, np.maximum(smooth, floor), LABELS[learner], color)
-        ax.axhline(ceiling, color="0.4", linestyle=":", label="true-subgoal controllers")
+        ax.axhline(ceiling, color="0.4", linestyle=":", label="true-subgoal controllers, best layer")
         ax.set(xlabel="episodes", ylabel="success rate", yscale=scale)
     axes[0, 0].set_ylim(0, 1)
     return save(fig, path)

@@ -122,15 +122,15 @@ def conclude(run: RunDirectory, config: Config) -> dict[str, Any]:
     if run.is_done("control"):
         results, _ = run.stage_results("control")
         measured["control"] = results
-        ceiling = results["ceiling"]
+        ceiling, here = results["ceiling"], results["success_by_layer"][config.layer]
         image = figures.control_figure(run.figure("control.png"), results, config.layer)
         claims.append(
             Claim(
                 "A linear edit of the residual stream makes the frozen model pursue a chosen subgoal, also after "
                 "transitions that no demonstration has",
-                f"post-training task solved in {ceiling:.2f} of episodes with true-subgoal controllers at layer "
-                f"{config.layer}, in {results['raw_success']:.1e} without",
-                ceiling > 0.5 and results["raw_success"] <= 1e-4,
+                f"post-training task solved in {here:.2f} of episodes with true-subgoal controllers at layer "
+                f"{config.layer}, in {ceiling:.2f} at the best layer, in {results['raw_success']:.1e} without",
+                here > 0.5 and results["raw_success"] <= 1e-4,
             )
         )
         sections.append(Section("Supervised controllers", [Figure(image)]))
@@ -193,7 +193,7 @@ def conclude(run: RunDirectory, config: Config) -> dict[str, Any]:
         measured["final_success"] = results["final"]
         internal, raw = float(np.median(finals["internal"])), float(np.median(finals["raw"]))
         honest = 1.0 if ceiling is None else ceiling
-        of = "no ceiling measured" if ceiling is None else f"true-subgoal controllers {honest:.2f}"
+        of = "no ceiling measured" if ceiling is None else f"true-subgoal controllers at their best layer {honest:.2f}"
         claims.append(
             Claim(
                 "Internal RL solves the task; raw-action RL with as many episodes does not",

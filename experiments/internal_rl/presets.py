@@ -33,7 +33,9 @@ def tiny() -> Config:
             ),
             held_out=32,
         ),
-        reinforce=Reinforce(grpo=grpo, raw_grpo=grpo, updates=4, seeds=2, chunk=2, max_switches=8, policy_width=16),
+        reinforce=Reinforce(
+            grpo=grpo, raw_grpo=grpo, updates=4, seeds=2, chunk=2, max_switches=8, policy_width=16, forced_baseline=True
+        ),
         layer=1,
     )
 

@@ -30,7 +30,8 @@ def test_result_says_what_was_measured(finished):
     measured = stored["measured"]
     assert len(measured["control"]["success_by_layer"]) == 3
     assert 0 <= measured["codes"]["information"] <= measured["codes"]["at_most"]
-    assert len(measured["final_success"]["internal"]) == stored["seeds"] == 2
+    assert set(measured["final_success"]) == {"internal", "raw", "forced"}
+    assert all(len(success) == stored["seeds"] == 2 for success in measured["final_success"].values())
     assert result["claims"][0]["claim"] == stored["claims"][0]["claim"]
 
 
@@ -60,6 +61,14 @@ def test_same_seed_same_numbers(finished, tmp_path):
     one, other = np.load(path / "base.npz"), np.load(tmp_path / "again" / "base.npz")
     for name in one.files:
         np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_another_mixer_and_seeds_side_by_side(tmp_path):
+    options = ["--base.mixer", "rglru", "--reinforce.seeds-by", "vmap", "--reinforce.no-forced-baseline"]
+    result = main(["--preset", "tiny", "--out", str(tmp_path), "--stages", "discover", "reinforce", *options])
+    final = result["measured"]["final_success"]
+    assert set(final) == {"internal", "raw"}
+    assert all(0 <= success <= 1 for seeds in final.values() for success in seeds)
 
 
 def test_refusals(finished, tmp_path, capsys):
