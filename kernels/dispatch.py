@@ -2,7 +2,8 @@
 
 Every op has `reference` (a scan over tokens, the definition), `chunked` (XLA with a written backward pass) and Pallas
 kernels, `pallas_tpu` and `pallas_gpu`; `pallas` is the one of the default platform. The two long names exist so that a
-kernel can be interpreted, or lowered for a platform, on a machine without it.
+kernel can be interpreted, or lowered for a platform, on a machine without it. An op may have a `scan` too: the forward
+pass of `reference` with a written backward pass, for CPUs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,19 @@ import jax
 
 # What `auto` tries on each platform, in this order. The Pallas kernels have been interpreted and lowered but never
 # timed on a device: until they are, they run only where they are named.
-AUTO: dict[str, tuple[str, ...]] = dict.fromkeys(("cpu", "gpu", "tpu"), ("chunked", "reference"))
+AUTO: dict[str, tuple[str, ...]] = {
+    "cpu": ("scan", "chunked", "reference"),
+    "gpu": ("chunked", "reference"),
+    "tpu": ("chunked", "reference"),
+}
+# Bytes of state up to which a scan over tokens is ahead of chunks on a CPU.
+SCANNED_BYTES = 256 * 1024
 PALLAS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}
+
+
+def auto_for(state_bytes: int) -> Mapping[str, Sequence[str]]:
+    """The order of `auto` for a state of that size: a `scan` only where the state stays in a core's cache."""
+    return AUTO if state_bytes <= SCANNED_BYTES else AUTO | {"cpu": AUTO["cpu"][1:]}
 
 
 def select[Implementation](

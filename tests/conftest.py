@@ -25,6 +25,8 @@ import pytest
 # Brax breaks the first of these: code that runs it wraps it in `jax.numpy_rank_promotion("allow")`.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+# Simulated devices, for what is sharded.
+jax.config.update("jax_num_cpu_devices", 8)
 
 # An example's time is mostly compilation, so deadlines mean nothing; the same examples every time.
 hypothesis.settings.register_profile("repository", deadline=None, derandomize=True, max_examples=25, print_blob=True)

@@ -3,7 +3,8 @@
 Command: python -m experiments.bench
 """
 
-from experiments.bench import internal_rl
+from experiments.bench import internal_rl, kernels
 
 if __name__ == "__main__":
     internal_rl.main()
+    kernels.main()

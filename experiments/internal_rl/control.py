@@ -107,15 +107,16 @@ def control(run: RunDirectory, config: Config, model: Params) -> dict[str, Any]:
         measured["pretraining_success_by_layer"].append(float(on_pre.return_B.mean()))
         measured["nll_by_layer"].append(float(np.mean(metrics["action_nll"][-100:])))
         if layer == config.layer:
-            counts_GO = codes.first_colours(config, model, partial(_steer, state.params), k_held, G, 1024)
+            counts_GO = codes.first_colours(config, model, partial(_steer, state.params), k_held, G, settings.episodes)
             measured["held_information"] = codes.information(counts_GO)
 
-    alone = jax.jit(lambda key, params: steered_rollout(config, model, None, config.layer, params, key, 4096).return_B)
-    rounds = -(-settings.raw_episodes // 4096)
+    batch = min(settings.raw_episodes, 4096)
+    rounds = -(-settings.raw_episodes // batch)
+    alone = jax.jit(lambda key, params: steered_rollout(config, model, None, config.layer, params, key, batch).return_B)
     k_raw, k_base = jax.random.split(jax.random.fold_in(key, shape.layers + 1))
     raw = [float(alone(jax.random.fold_in(k_raw, index), post).mean()) for index in range(rounds)]
     measured["raw_success"] = float(np.mean(raw))
-    measured["raw_episodes"] = rounds * 4096
+    measured["raw_episodes"] = rounds * batch
     measured["base_success"] = float(alone(k_base, pre).mean())
     measured["ceiling"] = max(measured["success_by_layer"])
     run.stage_done("control", measured)

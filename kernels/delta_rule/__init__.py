@@ -28,7 +28,8 @@ from kernels.delta_rule.chunked import delta_rule_chunked
 from kernels.delta_rule.pallas_gpu import delta_rule_gpu, refuse
 from kernels.delta_rule.pallas_tpu import delta_rule_tpu
 from kernels.delta_rule.reference import delta_rule_reference
-from kernels.dispatch import select
+from kernels.delta_rule.scan import delta_rule_scan
+from kernels.dispatch import auto_for, select
 from kernels.segments import flip, segment_starts
 
 __all__ = ["DeltaRuleBlocks", "delta_rule", "delta_rule_step"]
@@ -62,7 +63,7 @@ def delta_rule(
         segment_ids: (B, L) integers; the state is cleared wherever the id differs from the step before.
         reverse: run from the last step to the first.
         scale: factor of the outputs.
-        implementation: "auto", "reference", "chunked" or "pallas".
+        implementation: "auto", "reference", "scan", "chunked" or "pallas".
         blocks: block sizes of the chunked form and of the kernels.
         interpret: run a kernel in the interpreter of its platform, as `pallas_call` or `plgpu.kernel` take it, or True.
 
@@ -96,12 +97,14 @@ def delta_rule(
     dtype = jnp.result_type(jnp.float32, *(array for array in given if array is not None))
     available = {
         "reference": delta_rule_reference,
+        "scan": delta_rule_scan,
         "chunked": delta_rule_chunked,
         "pallas_tpu": partial(delta_rule_tpu, interpret=interpret),
         "pallas_gpu": partial(delta_rule_gpu, interpret=interpret),
     }
     refused = refuse_float64(dtype) | refuse_old_gpu(interpret) | refuse(heads // H, K)
-    run = select(op, implementation, available, refused=refused)
+    auto = auto_for(4 * B * H * K * V)
+    run = select(op, implementation, available, refused=refused, auto=auto)
     if initial_state_BHKV is None:
         initial_state_BHKV = jnp.zeros((B, H, K, V), dtype)
     tokens = jax.tree.map(lambda array: array.astype(dtype), (q_BLHK, k_BLHK, v_BLHV, beta_BLH, log_decay_BLH))

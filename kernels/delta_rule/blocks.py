@@ -11,7 +11,7 @@ class DeltaRuleBlocks:
     sizes of their own.
     """
 
-    chunk: int = 64
+    chunk: int = 32
 
     def __post_init__(self) -> None:
         if self.chunk < 1 or self.chunk & (self.chunk - 1):

@@ -18,12 +18,8 @@ All arrays are matrices of one head: per-step numbers are rows (1, C), and the R
 are R blocks of C rows.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
-
-Solve = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def matmul(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -31,17 +27,13 @@ def matmul(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Ar
     return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), precision=jax.lax.Precision.HIGHEST)
 
 
-def solve_by_substitution(lower_CC: jax.Array, right_CV: jax.Array) -> jax.Array:
-    """X of (I + lower) X = right, for a strictly lower triangular matrix, by XLA."""
-    return jax.scipy.linalg.solve_triangular(lower_CC, right_CV, lower=True, unit_diagonal=True)
-
-
 @jax.custom_vjp
-def solve_by_doubling(lower_CC: jax.Array, right_CV: jax.Array) -> jax.Array:
-    """The same by matrix products, for kernels; C is a power of two.
+def solve(lower_CC: jax.Array, right_CV: jax.Array) -> jax.Array:
+    """X of (I + lower) X = right, for a strictly lower triangular matrix, by matrix products; C is a power of two.
 
     The inverse of the blocks on the diagonal grows from 1 to C: that of [[a, 0], [c, b]] is [[a', 0], [-b' c a', b']]
-    where a' and b' are those of a and b. Unlike a series of powers it is as stable as substitution.
+    where a' and b' are those of a and b. Unlike a series of powers it is as stable as substitution, and unlike
+    substitution it runs in kernels, and on a CPU without a call to BLAS for each small system.
     """
     return _solve(lower_CC, right_CV)[0]
 
@@ -67,7 +59,7 @@ def _solve_backward(residuals, d_CV: jax.Array):
     return -matmul(d_CV, solution_CV, (1, 1)), d_CV
 
 
-solve_by_doubling.defvjp(_solve, _solve_backward)
+solve.defvjp(_solve, _solve_backward)
 
 
 def run_chunk(
@@ -78,7 +70,6 @@ def run_chunk(
     beta_1C: jax.Array,
     log_decay_1C: jax.Array | None,
     run_1C: jax.Array,
-    solve: Solve,
 ) -> tuple[jax.Array, jax.Array]:
     """The state after the chunk and its outputs (R C, V).
 

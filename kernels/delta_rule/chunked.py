@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.delta_rule.blocks import DeltaRuleBlocks
-from kernels.delta_rule.chunk import run_chunk, solve_by_substitution
+from kernels.delta_rule.chunk import run_chunk
 from kernels.segments import pad_length
 
 
@@ -67,7 +67,7 @@ def _chunk(S_BHKV, tokens, run):
 
     def one(S_KV, token, run_1C):
         q, k, v, beta, log_decay = token
-        return run_chunk(S_KV, q, k, v, beta, log_decay, run_1C, solve_by_substitution)
+        return run_chunk(S_KV, q, k, v, beta, log_decay, run_1C)
 
     return jax.vmap(jax.vmap(one, in_axes=(0, 0, None)))(S_BHKV, tokens, run)
 

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.delta_rule.blocks import DeltaRuleBlocks
-from kernels.delta_rule.chunk import run_chunk, solve_by_doubling
+from kernels.delta_rule.chunk import run_chunk
 from kernels.delta_rule.chunked import join, split
 
 
@@ -40,7 +40,7 @@ def delta_rule_tpu(
 
 def _chunk(run_1C, S_KV, token):
     q, k, v, beta, log_decay = token
-    return run_chunk(S_KV, q, k, v, beta, log_decay, run_1C, solve_by_doubling)
+    return run_chunk(S_KV, q, k, v, beta, log_decay, run_1C)
 
 
 def _load(refs):

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from kernels.checks import check_array, check_length, check_rank, check_segments, refuse_float64
-from kernels.dispatch import select
-from kernels.linear_attention import chunked, pallas_gpu, pallas_tpu, reference
+from kernels.dispatch import auto_for, select
+from kernels.linear_attention import chunked, pallas_gpu, pallas_tpu, reference, scan
 from kernels.linear_attention.blocks import LinearAttentionBlocks
 from kernels.segments import flip, segment_index
 
@@ -52,7 +52,7 @@ def linear_attention(
         normalise: divide by q_t z_t, where z is the same sum over keys alone, not less than 1e-6: meant for queries and
             keys that are not negative. States then have V + 1 columns, of which the last is z.
         scale: a number that multiplies the outputs, where they are not normalised.
-        implementation: "auto", "reference", "chunked" or "pallas".
+        implementation: "auto", "reference", "scan", "chunked" or "pallas".
         blocks: block sizes of the chunked form and of the kernels.
         interpret: run a kernel in the interpreter of its platform, as `pallas_call` takes it.
 
@@ -182,6 +182,7 @@ def _read(
     dtype = _widest(q_BLHK, k_BLGK, v_BLGV, log_decay, initial_state_BHKV)
     available = {
         "reference": reference.attend,
+        "scan": scan.attend,
         "chunked": chunked.attend,
         "pallas_tpu": partial(pallas_tpu.attend, interpret=interpret),
         "pallas_gpu": partial(pallas_gpu.attend, interpret=interpret),
@@ -192,7 +193,9 @@ def _read(
         "pallas_gpu": pallas_gpu.refusal(q_BLHK, k_BLGK, v_BLGV, columns, rank, blocks, interpret),
     }
     refused = {name: reason for name, reason in refused.items() if reason} | refuse_float64(dtype)
-    run = select(op, implementation, available, refused=refused)
+    # With decays per channel, chunks have pairwise decays to form, and the scan is ahead at any size.
+    auto = auto_for(0 if rank == 4 else 4 * B * H * K * columns)
+    run = select(op, implementation, available, refused=refused, auto=auto)
 
     if initial_state_BHKV is None:
         initial_state_BHKV = jnp.zeros((B, H, K, columns), dtype)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class LinearAttentionBlocks:
     """Steps in a chunk: `chunk` if decays are per head, `channel_chunk` if they are per channel, where the pairwise
-    decays inside a chunk take chunk * K numbers a step. The TPU needs multiples of 8, the GPU kernels 64 and 16."""
+    decays inside a chunk take chunk * K numbers a step. The TPU needs multiples of 8, the GPU kernels 64."""
 
     chunk: int = 64
-    channel_chunk: int = 16
+    channel_chunk: int = 8
 
     def __post_init__(self) -> None:
         if min(self.chunk, self.channel_chunk) < 1 or max(self.chunk, self.channel_chunk) > 256:

@@ -135,7 +135,7 @@ def _chunk_gradients(q, k, v, factors: Decays, state, d_y, d_next, decay_rank: i
     if decay_rank:
         C = q.shape[-2]
         earlier = jnp.tri(C, k=-1, dtype=q.dtype)
-        if decay_rank == 3:
+        if between.shape[-1] == 1:
             pairs = (jnp.triu(jnp.ones((C, C), q.dtype)) @ (scores * d_scores)) * earlier[None, None, None]
             crossing, axis = pairs.sum(-1)[..., None], -1
         else:
@@ -224,7 +224,8 @@ def _forward(q_BLHK, k_BLGK, v_BLGV, log_decay, state_BHKV, index_BL, scale, blo
     return attend(*arguments, scale, blocks), arguments
 
 
-def _backward(scale, blocks, arguments, cotangents):
+def backward(scale, blocks, arguments, cotangents):
+    """Cotangents of the arguments, from the arguments themselves."""
     q_BLHK, k_BLGK, v_BLGV, log_decay, state_BHKV, index_BL = arguments
     d_y_BLHV, d_final_BHKV = cotangents
     dtype, L, G = state_BHKV.dtype, q_BLHK.shape[1], k_BLGK.shape[2]
@@ -255,4 +256,4 @@ def _backward(scale, blocks, arguments, cotangents):
     return d_q, d_k, d_v, d_decay, d_state.reshape(state_BHKV.shape), None
 
 
-attend.defvjp(_forward, _backward)
+attend.defvjp(_forward, backward)

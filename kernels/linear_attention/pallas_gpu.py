@@ -204,11 +204,11 @@ def _states_kernel(
 def _gradients_kernel(
     q_gmem, k_gmem, v_gmem, rows_gmem, states_gmem, d_y_gmem, d_last_gmem,
     d_q_gmem, d_k_gmem, d_v_gmem, pairs_gmem, sums_gmem, d_first_gmem,
-    q, k, v, rows, state, d_y, scores, d_scores, d_state, d_y_in, stage, pairs, sums, loaded, ready,
+    q, k, v, rows, state, d_y, scores, d_scores, d_state, d_y_in, stage_K, stage_V, pairs, sums, loaded, ready,
     *, share, N,
 ):  # fmt: skip
     batch, head, group = _at(share)
-    stage_K, stage_V = (stage.at[:, pl.ds(0, each.shape[1])] for each in (q, v))
+    stage_V = stage_K if stage_V is None else stage_V
 
     def chunk(step, d_next):
         n = N - 1 - step
@@ -328,7 +328,7 @@ def _backward(setting: Setting, arguments, cotangents):
     )
     scratch = [
         tile(C, K), tile(C, K), tile(C, V), row_tile, tile(K, V), tile(C, V), tile(C, C), tile(C, C), tile(K, V),
-        tile(C, V), _wide_tile(C, max(K, V)), _wide_tile(C, C) if decays else None,
+        tile(C, V), _wide_tile(C, K), None if K == V else _wide_tile(C, V), _wide_tile(C, C) if decays else None,
         plgpu.SMEM((3, max(C, K)), jnp.float32) if decays else None, plgpu.Barrier(num_arrivals=6), plgpu.Barrier(),
     ]  # fmt: skip
     d_q, d_k, d_v, pairs, sums, d_first = _launch(

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SelectiveScanBlocks:
-    """`chunk` steps between two kept states, `channels` that a program on a TPU runs, `unroll` of XLA's token loop.
+    """`chunk` steps between two kept states, `channels` that a program on a TPU runs at most, `unroll` of XLA's token
+    loop.
 
     A longer chunk keeps fewer states (N D numbers each) and recomputes more of them at a time. The GPU kernels have
     sizes of their own.

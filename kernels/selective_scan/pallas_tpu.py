@@ -19,6 +19,8 @@ from kernels.segments import pad_length
 from kernels.selective_scan.blocks import SelectiveScanBlocks
 
 _LANES = 128
+# What the states of a chunk, which the backward kernel keeps, may take of the 16 MiB of vector memory that it has.
+_STATE_BYTES = 8 * 2**20
 
 
 def selective_scan_tpu(
@@ -35,10 +37,11 @@ def selective_scan_tpu(
     """y_BLD without skip and gate, and the final state. The state is cleared before each step of `starts_BL`."""
     B, L, D = u_BLD.shape
     G, N = B_BLGN.shape[2:]
-    channels, chunk = D // G, min(blocks.chunk, L)
+    channels, chunk = D // G, min(blocks.chunk, L, max(1, _STATE_BYTES // (4 * N * _LANES)))
     width = channels
-    if channels > blocks.channels:
-        count = -(-channels // blocks.channels)
+    most = min(blocks.channels, max(_LANES, _STATE_BYTES // (4 * chunk * N) // _LANES * _LANES))
+    if channels > most:
+        count = -(-channels // most)
         width = -(-channels // (count * _LANES)) * _LANES
 
     # Padded steps and channels have delta = 0, which leaves the state as it is.

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.dispatch import AUTO, select
+from kernels.dispatch import AUTO, SCANNED_BYTES, auto_for, select
 from kernels.segments import flip, pad_length, segment_index, segment_starts
 
 ALL = {name: name for name in ("reference", "chunked", "pallas_tpu", "pallas_gpu")}
@@ -30,6 +30,17 @@ def test_a_named_implementation_is_taken_on_every_platform(monkeypatch, name, pl
 def test_auto_runs_no_kernel_that_was_never_timed(monkeypatch, platform):
     on(monkeypatch, platform)
     assert select("op", "auto", ALL) == "chunked"
+
+
+def test_auto_scans_over_tokens_on_a_cpu_while_the_state_is_small(monkeypatch):
+    names = {name: name for name in ("scan", *ALL)}
+    for platform, state_bytes, name in (
+        ("cpu", SCANNED_BYTES, "scan"),
+        ("cpu", SCANNED_BYTES + 4, "chunked"),
+        ("gpu", 4, "chunked"),
+    ):
+        on(monkeypatch, platform)
+        assert select("op", "auto", names, auto=auto_for(state_bytes)) == name
 
 
 def test_auto_passes_over_what_is_refused_or_not_there(monkeypatch):
