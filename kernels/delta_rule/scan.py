@@ -29,8 +29,8 @@ def delta_rule_scan(
 
 
 def _forward(q_BLHRK, k_BLHK, v_BLHV, beta_BLH, log_decay_BLH, state_BHKV, starts_BL, blocks):
-    def run(*floats):
-        return delta_rule_chunked(*floats, starts_BL, blocks)
+    def run(q, k, v, beta, log_decay, state):
+        return delta_rule_chunked(q, k, v, beta, log_decay, state, starts_BL, blocks)
 
     return jax.vjp(run, q_BLHRK, k_BLHK, v_BLHV, beta_BLH, log_decay_BLH, state_BHKV)
 
