@@ -10,8 +10,10 @@ CACHE = ROOT / ".cache"
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# XLA sizes its CPU thread pool by this: with the two threads of a small machine, the eight
-# simulated devices of the sharding tests can wait for each other forever.
+# Simulated devices, for what is sharded; in the environment, for processes that tests start.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
+# XLA sizes its CPU thread pool by this: with the two threads of a small machine, simulated
+# devices can wait for each other forever.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(CACHE / "hypothesis"))
@@ -25,8 +27,6 @@ import pytest
 # Brax breaks the first of these: code that runs it wraps it in `jax.numpy_rank_promotion("allow")`.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
-# Simulated devices, for what is sharded.
-jax.config.update("jax_num_cpu_devices", 8)
 
 # An example's time is mostly compilation, so deadlines mean nothing; the same examples every time.
 hypothesis.settings.register_profile("repository", deadline=None, derandomize=True, max_examples=25, print_blob=True)

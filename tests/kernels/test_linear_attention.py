@@ -180,7 +180,7 @@ def arrays(**change):
         ({"normalise": True}, r"initial_state has .*\(B, H, K, V \+ 1\) = \(2, 6, 5, 8\)"),
         ({"segment_ids": np.ones((4, 2), int)}, r"segment_ids has shape \(4, 2\), expected \(B, L\) = \(2, 4\)"),
         ({"segment_ids": np.ones((2, 4))}, "segment_ids has dtype float64, expected integers"),
-        ({"implementation": "triton"}, "expected one of auto, pallas, reference, scan, chunked"),
+        ({"implementation": "triton"}, "implementation is 'triton', expected one of auto, pallas, reference, scan,"),
     ],
 )
 def test_bad_arguments_are_named(change, words):
