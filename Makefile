@@ -68,8 +68,8 @@ test: setup ## all tests (WORKERS, ARGS)
 notebooks: setup ## execute every notebook, leaving the files as they are
 	$(BIN)/jupyter execute notebooks/*.ipynb
 
-bench: setup ## time the kernels and models on this device (ARGS)
-	$(BIN)/python -m experiments.bench $(ARGS)
+bench: setup ## time the models and kernels on this device; long
+	$(BIN)/python -m experiments.bench
 
 # Each runtime has an environment of its own, of some 1.3 GB, so that .venv has neither.
 AOT_tpu := "jax[tpu]"
