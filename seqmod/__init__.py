@@ -7,13 +7,11 @@ pure functions over a config and parameters. `Backbone`, `Metacontroller` and th
 from seqmod import backbone, metacontroller, objectives
 from seqmod.backbone import Backbone, BackboneConfig
 from seqmod.metacontroller import Metacontroller, MetacontrollerConfig
-from seqmod.mixers import MIXERS, RGLRU, Attention, AttentionConfig, Mixer, RGLRUConfig
+from seqmod.mixers import MIXERS, AttentionConfig, Mixer, MixerLayer, RGLRUConfig, apply_mixer, mixing_matrix
 from seqmod.residual import Edit, Operator, low_rank_update
 
 __all__ = [
     "MIXERS",
-    "RGLRU",
-    "Attention",
     "AttentionConfig",
     "Backbone",
     "BackboneConfig",
@@ -21,10 +19,13 @@ __all__ = [
     "Metacontroller",
     "MetacontrollerConfig",
     "Mixer",
+    "MixerLayer",
     "Operator",
     "RGLRUConfig",
+    "apply_mixer",
     "backbone",
     "low_rank_update",
     "metacontroller",
+    "mixing_matrix",
     "objectives",
 ]

@@ -7,11 +7,10 @@ half the buckets have one bucket each; larger ones share logarithmic buckets up 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmod.mixers.base import Mixer, Params, scaled_normal, segment_runs
+from seqmod.mixers.base import CAUSAL, Mixer, Params, check_causal, check_heads, scaled_normal, segment_runs
 
 
 @dataclass(frozen=True)
@@ -105,24 +104,13 @@ def step(
     return y_BD, AttentionState(k_BMHK, v_BMHK, state.time + 1)
 
 
-def default_config(width: int, heads: int, init_scale: float = 1.0, context: int = 128) -> AttentionConfig:
+def default_config(
+    width: int, heads: int, init_scale: float = 1.0, context: int = 128, causal: bool = True
+) -> AttentionConfig:
     """Heads that share the width; `context` is the largest distance told apart."""
-    if width % heads:
-        raise ValueError(f"attention: width {width} is not divisible by heads {heads}")
-    return AttentionConfig(
-        width=width, heads=heads, head_dim=width // heads, max_distance=context, init_scale=init_scale
-    )
+    check_causal("attention", causal, CAUSAL)
+    head_dim = check_heads("attention", width, heads)
+    return AttentionConfig(width=width, heads=heads, head_dim=head_dim, max_distance=context, init_scale=init_scale)
 
 
-class Attention(nn.Module):
-    """Linen module around `init` and `apply`."""
-
-    config: AttentionConfig
-
-    @nn.compact
-    def __call__(self, x_BLD: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-        params = self.param("mixer", lambda key: init(key, self.config))
-        return apply(params, self.config, x_BLD, segment_ids)
-
-
-MIXER = Mixer(default_config, init, apply, init_state, step)
+MIXER = Mixer(AttentionConfig, default_config, init, apply, init_state, step)

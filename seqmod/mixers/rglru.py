@@ -12,12 +12,12 @@ ant base model (arXiv 2512.20605, Table A15), of our embedder and of the interna
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from kernels.linear_recurrence import linear_recurrence
-from seqmod.mixers.base import Mixer, Params, scaled_normal, segment_runs
+from seqmod.mixers.base import CAUSAL, Mixer, Params, check_causal, over_last, project, scaled_normal
+from seqmod.mixers.convolution import short_convolution, short_convolution_step
 
 _SHARPNESS = 8.0
 
@@ -64,35 +64,29 @@ def init(key: jax.Array, config: RGLRUConfig) -> Params:
 
 
 def _recurrence_inputs(params: Params, config: RGLRUConfig, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """a and the scaled input of the recurrence from u (..., N)."""
+    """a and the scaled input of the recurrence from u (..., N), in float32."""
     blocks = u.reshape(*u.shape[:-1], config.heads, -1)
-    gates = jnp.einsum("...HI,GHIJ->G...HJ", blocks, params["gates"]).reshape(2, *u.shape)
+    gates = project("...HI,GHIJ->G...HJ", blocks, params["gates"]).reshape(2, *u.shape).astype(jnp.float32)
     bias = params["gates_bias"].reshape(2, *(1,) * (u.ndim - 1), -1)
     reset, pass_in = jax.nn.sigmoid(gates + bias)
-    rate = _SHARPNESS * jax.nn.softplus(params["decay"])
-    log_a = -rate.reshape((1,) * (u.ndim - 1) + (-1,)) * reset
+    log_a = -over_last(_SHARPNESS * jax.nn.softplus(params["decay"]), u.ndim) * reset
     # 1 - a^2 through expm1 is exact for slow decays; the floor keeps the gradient finite where the gate has saturated.
     fresh = jnp.maximum(-jnp.expm1(2 * log_a), 1e-12)
     return jnp.exp(log_a), jnp.sqrt(fresh) * pass_in * u
 
 
+def _read_out(params: Params, x: jax.Array, h: jax.Array) -> jax.Array:
+    gate = jax.nn.gelu(project("...D,DN->...N", x, params["gate"]))
+    return project("...N,ND->...D", gate * h.astype(x.dtype), params["out"])
+
+
 def apply(params: Params, config: RGLRUConfig, x_BLD: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """Parallel form, (B, L, D) to (B, L, D)."""
-    L, W = x_BLD.shape[1], config.kernel
-    u_BLN = x_BLD @ params["input"]
-    padded = jnp.pad(u_BLN, ((0, 0), (W - 1, 0), (0, 0)))
-    runs_BL = None if segment_ids is None else segment_runs(segment_ids)
-    conv_BLN = params["conv_bias"][None, None]
-    for lag in range(W):
-        tap_BLN = padded[:, W - 1 - lag : W - 1 - lag + L]
-        if runs_BL is not None:
-            # Steps before the first see the zeros of the padding, whatever their segment.
-            delayed_BL = jnp.pad(runs_BL, ((0, 0), (lag, 0)))[:, :L]
-            tap_BLN = tap_BLN * (runs_BL == delayed_BL)[..., None]
-        conv_BLN = conv_BLN + tap_BLN * params["conv"][W - 1 - lag][None, None]
-    a_BLN, scaled_BLN = _recurrence_inputs(params, config, conv_BLN)
+    u_BLN = project("BLD,DN->BLN", x_BLD, params["input"])
+    u_BLN = short_convolution(u_BLN, params["conv"], params["conv_bias"], segment_ids)
+    a_BLN, scaled_BLN = _recurrence_inputs(params, config, u_BLN)
     h_BLN, _ = linear_recurrence(a_BLN, scaled_BLN, segment_ids=segment_ids)
-    return (jax.nn.gelu(x_BLD @ params["gate"]) * h_BLN) @ params["out"]
+    return _read_out(params, x_BLD, h_BLN)
 
 
 def init_state(config: RGLRUConfig, batch: int, length: int) -> RGLRUState:
@@ -102,28 +96,19 @@ def init_state(config: RGLRUConfig, batch: int, length: int) -> RGLRUState:
 
 def step(params: Params, config: RGLRUConfig, x_BD: jax.Array, state: RGLRUState) -> tuple[jax.Array, RGLRUState]:
     """One step, (B, D) to (B, D)."""
-    window = jnp.concatenate([state.window_BWN, (x_BD @ params["input"])[:, None]], axis=1)
-    conv_BN = (window * params["conv"][None]).sum(1) + params["conv_bias"][None]
-    a_BN, scaled_BN = _recurrence_inputs(params, config, conv_BN)
+    u_BN = project("BD,DN->BN", x_BD, params["input"])
+    u_BN, window_BWN = short_convolution_step(u_BN, state.window_BWN, params["conv"], params["conv_bias"])
+    a_BN, scaled_BN = _recurrence_inputs(params, config, u_BN)
     h_BN = a_BN * state.h_BN + scaled_BN
-    y_BD = (jax.nn.gelu(x_BD @ params["gate"]) * h_BN) @ params["out"]
-    return y_BD, RGLRUState(h_BN, window[:, 1:])
+    return _read_out(params, x_BD, h_BN), RGLRUState(h_BN, window_BWN)
 
 
-def default_config(width: int, heads: int, init_scale: float = 1.0, context: int = 128) -> RGLRUConfig:
+def default_config(
+    width: int, heads: int, init_scale: float = 1.0, context: int = 128, causal: bool = True
+) -> RGLRUConfig:
     """Recurrence as wide as the model; `context` has no meaning here."""
+    check_causal("rglru", causal, CAUSAL)
     return RGLRUConfig(width=width, recurrence=width, heads=heads, init_scale=init_scale)
 
 
-class RGLRU(nn.Module):
-    """Linen module around `init` and `apply`."""
-
-    config: RGLRUConfig
-
-    @nn.compact
-    def __call__(self, x_BLD: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-        params = self.param("mixer", lambda key: init(key, self.config))
-        return apply(params, self.config, x_BLD, segment_ids)
-
-
-MIXER = Mixer(default_config, init, apply, init_state, step)
+MIXER = Mixer(RGLRUConfig, default_config, init, apply, init_state, step)
