@@ -32,12 +32,13 @@ class Context(NamedTuple):
 class Linear(NamedTuple):
     """A mixer taken apart, where it is a linear map of its values.
 
-    `values(params, config, x_BLD)` are v_BLHV; `matrix(params, config, x_BLD, segments)` is m_BHLM, the weight of value
-    s in output t at [t, s]; `read_out(params, config, x_BLD, y_BLHV)` makes the mixer's output of m v. With channels in
-    place of heads H is their number and V is 1.
+    `values(params, config, x_BLD, segments)` are v_BLHV, which a convolution may keep apart by segments;
+    `matrix(params, config, x_BLD, segments)` is m_BHLM, the weight of value s in output t at [t, s];
+    `read_out(params, config, x_BLD, y_BLHV)` makes the mixer's output of m v. With channels in place of heads H is
+    their number and V is 1.
     """
 
-    values: Callable[[Params, Any, jax.Array], jax.Array]
+    values: Callable[..., jax.Array]
     matrix: Callable[..., jax.Array]
     read_out: Callable[[Params, Any, jax.Array, jax.Array], jax.Array]
 

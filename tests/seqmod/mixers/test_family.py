@@ -264,7 +264,7 @@ def test_the_matrix_is_the_mixer(linear):
     @jax.jit
     def dense(params, segments):
         m_BHLM = parts.matrix(params, config, x_BLD, segments)
-        y_BLHV = jnp.einsum("BHLM,BMHV->BLHV", m_BHLM, parts.values(params, config, x_BLD))
+        y_BLHV = jnp.einsum("BHLM,BMHV->BLHV", m_BHLM, parts.values(params, config, x_BLD, segments))
         return parts.read_out(params, config, x_BLD, y_BLHV), m_BHLM
 
     for segments in (None, ids_BL):
