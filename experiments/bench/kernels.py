@@ -19,7 +19,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -27,20 +27,17 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
-from experiments import plotting
-from experiments.bench import cases
+from experiments.bench import cases, kernel_report
 from experiments.bench import numerics as errors
 from experiments.bench.internal_rl import timed
+from experiments.bench.kernel_report import AUTO, PASSES, SCAN, Row
 from experiments.bench.peers import LEFT_OUT, PEERS, environment
 from experiments.bench.worker import Local, Process, Worker
 
 Device = Literal["cpu", "gpu", "interpret"]
 Clock = Literal["wall", "process"]
-AUTO, SCAN, CHUNKED = "ours auto", "ours reference", "ours chunked"
-PASSES = {False: "forward", True: "forward+backward"}
 
 
 @dataclass(frozen=True)
@@ -63,26 +60,6 @@ SETTINGS: dict[Device, Setting] = {
     ),
     "interpret": Setting((AUTO, "ours pallas_gpu interpreted", "softmax attention"), (64,), "tiny", True, 5e-2),
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One contender in one cell: median, least and process seconds a call, or the reason why there are none.
-
-    `temporary` is what the compiled program needs beside inputs and results, in bytes; `error` the largest relative
-    error of the output and the gradients against the definition, in the L2 norm.
-    """
-
-    case: str
-    backward: bool
-    length: int
-    contender: str
-    seconds: float | None = None
-    least: float | None = None
-    work: float | None = None
-    temporary: float | None = None
-    error: float | None = None
-    reason: str = ""
 
 
 def measure(
@@ -202,158 +179,6 @@ def ceilings(narrow: bool, tiny: bool, repeats: int) -> tuple[float, float]:
     return 2.0 * size**3 / product, 2.0 * array.nbytes / moved
 
 
-def growth(rows: Iterable[Row], start: int = 1024) -> float | None:
-    """Exponent of time against length, fitted from `start` up; None with fewer than three lengths."""
-    points = [(row.length, row.seconds) for row in rows if row.seconds is not None and row.length >= start]
-    if len(points) < 3:
-        return None
-    lengths, seconds = np.log(np.array(points)).T
-    return float(np.polyfit(lengths, seconds, 1)[0])
-
-
-def _groups(rows: Sequence[Row]) -> dict[tuple[str, bool], dict[str, list[Row]]]:
-    """Rows by (case, backward) and contender, in the order in which they came."""
-    found: dict[tuple[str, bool], dict[str, list[Row]]] = {}
-    for row in rows:
-        found.setdefault((row.case, row.backward), {}).setdefault(row.contender, []).append(row)
-    return found
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Milliseconds by length, times those of `auto` in brackets; the exponent of growth; temporary memory."""
-    lengths = sorted({row.length for row in rows})
-    head = ["case", "pass", "contender", *map(str, lengths), "growth", "temporary MiB"]
-    lines = [head, ["---"] * len(head)]
-    for (case, backward), contenders in _groups(rows).items():
-        base = {row.length: row.seconds for row in contenders.get(AUTO, [])}
-        for name, group in contenders.items():
-            timed_rows = {row.length: row for row in group if row.seconds is not None}
-            if not timed_rows:
-                continue
-            cells = []
-            for length in lengths:
-                row, auto = timed_rows.get(length), base.get(length)
-                if row is None or row.seconds is None:
-                    cells.append("-")
-                    continue
-                ratio = "" if name == AUTO or auto is None else f" ({row.seconds / auto:.2g}x)"
-                cells.append(f"{1e3 * row.seconds:.3g}{ratio}")
-            exponent, last = growth(group), timed_rows[max(timed_rows)]
-            memory = "-" if last.temporary is None else f"{last.temporary / 2**20:.3g} at {last.length}"
-            lines.append([case, PASSES[backward], name, *cells, "-" if exponent is None else f"{exponent:.2f}", memory])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def rates(rows: Sequence[Row], device: Device, peak: float, copied: float) -> str:
-    """Operations and bytes a second that the recurrence itself needs, as shares of the measured ceilings."""
-    setting = SETTINGS[device]
-    sizes, narrow = cases.SIZES[setting.sizes], 2 if setting.narrow else 4
-    lines = [
-        f"ceilings: matrix product {peak / 1e12:.3g} TFLOP/s, copy {copied / 1e9:.3g} GB/s",
-        "| case | pass | contender | length | GFLOP/s | of product | GB/s | of copy |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        if row.seconds is None:
-            continue
-        kind = "attention" if row.contender == "softmax attention" else row.case
-        work = cases.flops(kind, row.length, sizes, row.backward) / row.seconds
-        moved = cases.traffic(row.case, row.length, sizes, row.backward, narrow) / row.seconds
-        lines.append(
-            f"| {row.case} | {PASSES[row.backward]} | {row.contender} | {row.length} | {work / 1e9:.3g} "
-            f"| {work / peak:.1%} | {moved / 1e9:.3g} | {moved / copied:.1%} |"
-        )
-    return "\n".join(lines)
-
-
-def missing(rows: Sequence[Row]) -> str:
-    """What was not timed and why, one line for each contender, case and reason."""
-    found: dict[tuple[str, str, str], dict[str, list[str]]] = {}
-    for row in rows:
-        if row.seconds is None and "has no op" not in row.reason:
-            passes = found.setdefault((row.contender, row.case, row.reason), {})
-            passes.setdefault(PASSES[row.backward], []).append(str(row.length))
-    lines = []
-    for (name, case, reason), passes in found.items():
-        where = "; ".join(f"{each} at {', '.join(lengths)}" for each, lengths in passes.items())
-        lines.append(f"- {name}, {case}: {where}: {reason}")
-    return "\n".join(lines)
-
-
-def goals(rows: Sequence[Row]) -> str:
-    """The three goals for CPUs, by case, each with the worst it came to."""
-    lines = [
-        "| case | forward / token scan, at worst | forward+backward / best other from 1024 up, at worst | growth |",
-        "| --- | --- | --- | --- |",
-    ]
-    groups = _groups(rows)
-    for case in dict.fromkeys(row.case for row in rows):
-        cells = []
-        for backward, others, start, most in ((False, (SCAN,), 0, 1.2), (True, None, 1024, 1.0)):
-            contenders = groups.get((case, backward), {})
-            worst = _worst(contenders, others, start)
-            if worst is None:
-                cells.append("not measured")
-                continue
-            ratio, length, other = worst
-            cells.append(f"{ratio:.2f} at {length} ({other}): {'holds' if ratio <= most else 'misses'}")
-        exponents = [growth(groups.get((case, backward), {}).get(AUTO, [])) for backward in PASSES]
-        cells.append(", ".join("-" if each is None else f"{each:.2f}" for each in exponents))
-        lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _worst(contenders: dict[str, list[Row]], others: tuple[str, ...] | None, start: int):
-    """Largest ratio of the time of `auto` to the best of `others` (all, if None), with its length and that one."""
-    mine = {row.length: row.seconds for row in contenders.get(AUTO, []) if row.seconds and row.length >= start}
-    found = []
-    for length, seconds in mine.items():
-        times = [
-            (row.seconds, name)
-            for name, group in contenders.items()
-            if name != AUTO and (others is None or name in others)
-            for row in group
-            if row.length == length and row.seconds
-        ]
-        if times:
-            best, name = min(times)
-            found.append((seconds / best, length, name))
-    return max(found, default=None)
-
-
-def draw(rows: Sequence[Row], file: Path) -> None:
-    """Time against length on logarithmic axes, a panel for each case and pass."""
-    groups = _groups(rows)
-    which = list(dict.fromkeys(case for case, _ in groups))
-    figure, axes = plotting.figure(len(which), 2, width=4.8, height=2.6)
-    names = list(dict.fromkeys(row.contender for row in rows if row.seconds is not None))
-    lengths = sorted({row.length for row in rows})
-    styles = {
-        name: (plotting.COLORS[i % len(plotting.COLORS)], "o^"[i // len(plotting.COLORS)])
-        for i, name in enumerate(names)
-    }
-    for (case, backward), contenders in groups.items():
-        ax = axes[which.index(case), int(backward)]
-        for name, group in contenders.items():
-            points = [(row.length, 1e3 * row.seconds) for row in group if row.seconds is not None]
-            if points:
-                color, marker = styles[name]
-                width = 2.4 if name == AUTO else 1.2
-                ax.loglog(*zip(*points, strict=True), marker + "-", color=color, lw=width, ms=4, label=name)
-        ax.set_title(f"{cases.CASES[case]}: {PASSES[backward]}", fontsize=9)
-        ax.set_ylabel("ms a call", fontsize=9)
-        ax.set_xscale("log")
-        ax.set_xticks(lengths, [str(length) for length in lengths])
-        ax.minorticks_off()
-        if ax.lines:
-            ax.legend(frameon=False, fontsize=6)
-        if case == which[-1]:
-            ax.set_xlabel("length", fontsize=9)
-    for ax in axes.flat:
-        ax.set_visible(bool(ax.lines))
-    plotting.save(figure, file)
-
-
 def start_workers(
     device: Device, folder: Path | None, log: Path, patience: float
 ) -> tuple[dict[str, Worker], list[str]]:
@@ -444,17 +269,20 @@ def main(
         f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, ms by {clock} clock, "
         f"median of {repeats}"
     )
-    print(table(rows))
+    print(kernel_report.table(rows))
+    print(f"\nGrowth, the exponent of time against length:\n{kernel_report.growths(rows)}")
     if device == "cpu":
-        print(f"\n{goals(rows)}")
+        print(f"\n{kernel_report.goals(rows)}")
     else:
-        print(f"\n{rates(rows, device, *ceilings(setting.narrow, device == 'interpret', repeats))}")
-    print(f"\nNot measured:\n{missing(rows)}".rstrip())
+        peak, copied = ceilings(setting.narrow, device == "interpret", repeats)
+        width = 2 if setting.narrow else 4
+        print(f"\n{kernel_report.rates(rows, cases.SIZES[setting.sizes], width, peak, copied)}")
+    print(f"\nNot measured:\n{kernel_report.missing(rows)}".rstrip())
     print("\n".join(absent))
     if device == "cpu":
         print("- everything on a GPU: python -m experiments.bench.kernels --device gpu")
     if figure is not None:
-        draw(rows, figure)
+        kernel_report.draw(rows, figure)
 
 
 if __name__ == "__main__":

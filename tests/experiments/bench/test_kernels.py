@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import cases, contenders, kernels, numerics
-from experiments.bench.kernels import AUTO, SCAN, Row
+from experiments.bench import cases, contenders, kernel_report, kernels, numerics
+from experiments.bench.kernel_report import AUTO, SCAN, Row
 from experiments.bench.peers import PEERS, environment
 from experiments.bench.worker import Local, Process
 
@@ -135,20 +135,36 @@ def test_the_tables():
     measured = rows(auto=1.0, scan=0.5) + rows(backward=True, auto=2.0, scan=8.0, other=4.0, exponent=1.5)
     measured.append(Row("linear", True, 8192, "other", reason="needs 9.0 GiB"))
     measured.append(Row("linear", True, 8192, "peer", reason="it has no op for linear"))
-    table = kernels.table(measured)
+    table = kernel_report.table(measured)
     assert "| linear | forward | ours reference | 0.256 (0.5x) | 0.512 (0.5x) |" in table
-    assert "| - | 1.50 | 1 at 4096 |" in table
-    assert "2.00 at 4096 (ours reference): misses | 0.50 at 4096 (other): holds | 1.00, 1.50 |" in kernels.goals(
-        measured
-    )
-    assert kernels.missing(measured) == "- other, linear: forward+backward at 8192: needs 9.0 GiB"
-    assert kernels.growth(measured[:2]) is None
-    within = kernels.goals(rows(auto=1.0, scan=0.9))
+    assert "| - | 1 at 4096 |" in table
+    goals = kernel_report.goals(measured)
+    assert "2.00 at 4096 (ours reference): misses | 0.50 at 4096 (other): holds | 1.00, 1.50 |" in goals
+    assert kernel_report.missing(measured) == "- other, linear: forward+backward at 8192: needs 9.0 GiB"
+    within = kernel_report.goals(rows(auto=1.0, scan=0.9))
     assert "1.11 at 4096 (ours reference): holds | not measured | 1.00, - |" in within
 
 
+def test_the_growth_of_time_with_length():
+    measured = rows(scan=0.5, auto=1.0) + rows(backward=True, auto=2.0, scan=8.0, exponent=1.5)
+    measured += rows(backward=True, other=4.0, exponent=2.0)[:3] + rows(case="linear_head", scan=1.0)[:2]
+    measured.append(Row("linear_head", False, 8192, "ours reference", reason="needs 9.0 GiB"))
+    assert kernel_report.growths(measured).splitlines() == [
+        "| case | pass | ours auto | ours reference | other |",
+        "| --- | --- | --- | --- | --- |",
+        "| linear | forward | 1.00 | 1.00 | - |",
+        "| linear | forward+backward | 1.50 | 1.50 | 2.00 (512-2048) |",
+        "| linear_head | forward | - | - | - |",
+    ]
+    seconds = (1e-3, 3e-3, 4e-3)
+    uneven = [Row("linear", False, 2**n, AUTO, each) for n, each in zip((10, 11, 13), seconds, strict=True)]
+    # Slope of the line through (-4/3, log 1), (-1/3, log 3), (5/3, log 4), in doublings of length.
+    slope = (-np.log2(3) / 3 + 5 * np.log2(4) / 3) / (16 + 1 + 25) * 9
+    assert kernel_report.growth(uneven) == pytest.approx(slope)
+
+
 def test_the_figure(tmp_path):
-    kernels.draw(rows(auto=1.0, scan=0.5), tmp_path / "figure.png")
+    kernel_report.draw(rows(auto=1.0, scan=0.5), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
@@ -197,3 +213,12 @@ def test_errors_against_float64():
     assert f"| real | float32 | {exact.output:.1e}, {exact.gradient:.1e} ({exact.worst}) | - |" in table
     assert "| complex | complex64 | - | refused |" in table
     assert "- complex: linear_recurrence: implementation 'pallas_gpu' can't run this" in table
+
+
+def test_the_scan_is_measured_where_an_op_has_one():
+    for case in cases.CASES:
+        if case in numerics.SCANNED:
+            assert numerics.compare(case, False, "scan", L, SIZES).gradient < 2e-6
+        else:
+            with pytest.raises(ValueError, match="implementation is 'scan', expected one of"):
+                numerics.compare(case, False, "scan", L, SIZES)
