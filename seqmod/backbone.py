@@ -1,71 +1,28 @@
-"""A causal sequence model of pre-norm residual blocks whose residual stream can be read, edited and cut in two.
+"""A sequence model of pre-norm residual blocks whose residual stream can be read, edited and cut in two.
 
-    e_0 = W_in x,   e_l = e_{l-1} + mixer_l(norm(e_{l-1})),  then  + mlp_l(norm(.)),   outputs = W_h norm(e_last)
+    e_0 = embedding,   e_l = e_{l-1} + mixer_l(norm(e_{l-1})),  then  + mlp_l(norm(.)),   outputs = W_h norm(e_last)
 
-`apply` runs it in parallel over a sequence, `step` one token at a time; both take edits and return taps. `lower` and
-`upper` are the model before and after a layer of the residual stream, in both forms: internal RL needs both halves.
-Base models of the paper: arXiv 2512.20605, D.1.
+Inputs are features, tokens, or both. Each block has a mixer of its own, causal or bidirectional. `apply` runs the model
+in parallel over a sequence, `step` one token at a time; both take edits and return taps. `lower` and `upper` are the
+model before and after a layer of the residual stream, in both forms: internal RL needs both halves. Base models of the
+paper: arXiv 2512.20605, D.1.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmod.mixers import MIXERS
-from seqmod.mixers.base import Params, rms_norm, scaled_normal
+from seqmod import blocks, embedding
+from seqmod.config import BackboneConfig
+from seqmod.embedding import Input, Inputs, as_inputs, embed, positions, read_out
+from seqmod.mixers.base import Params
 from seqmod.residual import Edit, apply_edits
 
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """`inputs` F features in; `heads` output sizes by name; `mixers` one name per block.
-
-    `attention_heads` heads for every mixer; `mlp` hidden width of the ReLU MLP; `context` the distance beyond which
-    earlier steps look alike to a relative position bias. A config that a mixer cannot serve raises ValueError.
-    """
-
-    inputs: int
-    heads: tuple[tuple[str, int], ...]
-    mixers: tuple[str, ...] = ("attention",) * 4
-    width: int = 64
-    mlp: int = 256
-    attention_heads: int = 4
-    context: int = 128
-    init_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.mixers:
-            raise ValueError("BackboneConfig: mixers is empty, expected one name per block")
-        for name in self.mixers:
-            if name not in MIXERS:
-                raise ValueError(f"BackboneConfig: mixer {name!r} is unknown, expected one of {sorted(MIXERS)}")
-        if min(self.inputs, self.width, self.mlp, self.attention_heads) < 1:
-            raise ValueError(
-                f"BackboneConfig: inputs {self.inputs}, width {self.width}, mlp {self.mlp} and "
-                f"attention_heads {self.attention_heads} must be positive"
-            )
-        if len(dict(self.heads)) != len(self.heads):
-            raise ValueError(f"BackboneConfig: heads {self.heads} name a head twice")
-        for layer in range(self.layers):
-            self.mixer_config(layer)
-
-    @property
-    def layers(self) -> int:
-        """Number of blocks; the residual stream has layers 0..layers."""
-        return len(self.mixers)
-
-    def mixer_config(self, layer: int) -> Any:
-        """Config of the mixer of a block."""
-        return MIXERS[self.mixers[layer]].config(self.width, self.attention_heads, self.init_scale, self.context)
-
-    def check_layer(self, layer: int) -> None:
-        """Raise ValueError where the residual stream has no such layer."""
-        if not 0 <= layer <= self.layers:
-            raise ValueError(f"layer is {layer}, expected 0 (the embedding) to {self.layers} (the last block)")
+State = tuple[Any, ...]
+"""States of blocks, behind the number of steps taken where positions are learned and the first block is among them."""
 
 
 def _check_edits(config: BackboneConfig, edits: Sequence[Edit]) -> tuple[Edit, ...]:
@@ -74,157 +31,238 @@ def _check_edits(config: BackboneConfig, edits: Sequence[Edit]) -> tuple[Edit, .
     return tuple(edits)
 
 
-def _check_state(name: str, state: "State", blocks: int) -> None:
-    if len(state) != blocks:
-        raise ValueError(f"{name}: state has {len(state)} blocks, expected {blocks}")
+def _check_state(name: str, config: BackboneConfig, state: State, start: int, stop: int) -> None:
+    expected = stop - start + _clocked(config, start)
+    if len(state) != expected:
+        raise ValueError(f"{name}: state has {len(state)} blocks, expected {expected}")
+
+
+def _clocked(config: BackboneConfig, start: int) -> bool:
+    return start == 0 and config.positions == "learned"
 
 
 def init(key: jax.Array, config: BackboneConfig) -> Params:
-    """Fresh parameters as a nested dict."""
+    """Fresh parameters as a nested dict: those of both ends, and "block_N" or, with `scan`, the stacked "blocks"."""
     k_embed, k_heads, *k_blocks = jax.random.split(key, 2 + config.layers)
-    D, scale = config.width, config.init_scale
-    blocks = {}
-    for layer, k_block in enumerate(k_blocks):
-        k_mixer, k_up, k_down = jax.random.split(k_block, 3)
-        blocks[f"block_{layer}"] = {
-            "mixer_norm": jnp.ones(D),
-            "mixer": MIXERS[config.mixers[layer]].init(k_mixer, config.mixer_config(layer)),
-            "mlp_norm": jnp.ones(D),
-            "mlp_up": scaled_normal(k_up, (D, config.mlp), D, scale),
-            "mlp_up_bias": jnp.zeros(config.mlp),
-            "mlp_down": scaled_normal(k_down, (config.mlp, D), config.mlp, scale),
-        }
-    heads = {}
-    for index, (name, size) in enumerate(config.heads):
-        k_head = jax.random.fold_in(k_heads, index)
-        heads[name] = {"kernel": scaled_normal(k_head, (D, size), D, scale), "bias": jnp.zeros(size)}
-    embed = {"kernel": scaled_normal(k_embed, (config.inputs, D), config.inputs, scale), "bias": jnp.zeros(D)}
-    return {"embed": embed, **blocks, "norm": jnp.ones(D), "heads": heads}
+    params = embedding.init(k_embed, k_heads, config)
+    each = [blocks.init(k_block, config.block(layer)) for layer, k_block in enumerate(k_blocks)]
+    if not config.scan:
+        return params | {f"block_{layer}": block for layer, block in enumerate(each)}
+    groups = [each[start : start + config.period] for start in range(0, config.layers, config.period)]
+    return params | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups)}
 
 
-def _affine(params: Params, x: jax.Array) -> jax.Array:
-    return x @ params["kernel"] + params["bias"].reshape((1,) * (x.ndim - 1) + (-1,))
+def _block_params(params: Params, config: BackboneConfig, layer: int) -> Params:
+    if not config.scan:
+        return params[f"block_{layer}"]
+    group, member = divmod(layer, config.period)
+    return jax.tree.map(lambda leaf: leaf[group], params["blocks"][member])
 
 
-def _mlp(block: Params, e: jax.Array) -> jax.Array:
-    bias = block["mlp_up_bias"].reshape((1,) * (e.ndim - 1) + (-1,))
-    return jax.nn.relu(rms_norm(block["mlp_norm"], e) @ block["mlp_up"] + bias) @ block["mlp_down"]
+def _apply_edits_in_scan(edits: tuple[Edit, ...], layers: range, repeat: jax.Array, e_BLD: jax.Array) -> jax.Array:
+    """The stream after the edits of layers[repeat], a traced number."""
+    for edit in edits:
+        if edit.layer in layers:
+            edited_BLD = apply_edits((edit,), edit.layer, e_BLD)
+            e_BLD = jnp.where(repeat == layers.index(edit.layer), edited_BLD, e_BLD)
+    return e_BLD
 
 
-def _read_out(params: Params, e: jax.Array) -> dict[str, jax.Array]:
-    normed = rms_norm(params["norm"], e)
-    return {name: _affine(head, normed) for name, head in params["heads"].items()}
+def _run(params, config, e_BLD, start, stop, edits, segment_ids, mask_BL, conditioning_BLC) -> list[jax.Array]:
+    """The stream after each of the blocks start .. stop - 1, with edits."""
 
+    def block(layer_config, block_params, e_BLD):
+        return blocks.apply(
+            block_params,
+            layer_config,
+            e_BLD,
+            segment_ids=segment_ids,
+            mask_BL=mask_BL,
+            conditioning_BLC=conditioning_BLC,
+        )
 
-def _block(params: Params, config: BackboneConfig, layer: int, e_BLD, segment_ids) -> jax.Array:
-    block, mixer = params[f"block_{layer}"], MIXERS[config.mixers[layer]]
-    normed = rms_norm(block["mixer_norm"], e_BLD)
-    e_BLD = e_BLD + mixer.apply(block["mixer"], config.mixer_config(layer), normed, segment_ids)
-    return e_BLD + _mlp(block, e_BLD)
+    if config.remat:
+        block = jax.checkpoint(block, static_argnums=0)
+    period, taps = config.period, []
+    while start < stop:
+        groups = 0 if start % period or not config.scan else (stop - start) // period
+        if groups > 1:
+            first = start // period
+            stacked = jax.tree.map(lambda leaf, first=first, n=groups: leaf[first : first + n], params["blocks"])
 
+            def group(e_BLD, scanned, start=start):
+                members, repeat = scanned
+                after = []
+                for member in range(period):
+                    e_BLD = block(config.block(member), members[member], e_BLD)
+                    e_BLD = _apply_edits_in_scan(edits, range(start + member + 1, stop + 1, period), repeat, e_BLD)
+                    after.append(e_BLD)
+                return e_BLD, after
 
-def _block_step(params: Params, config: BackboneConfig, layer: int, e_BD, state) -> tuple[jax.Array, Any]:
-    block, mixer = params[f"block_{layer}"], MIXERS[config.mixers[layer]]
-    normed = rms_norm(block["mixer_norm"], e_BD)
-    y_BD, state = mixer.step(block["mixer"], config.mixer_config(layer), normed, state)
-    e_BD = e_BD + y_BD
-    return e_BD + _mlp(block, e_BD), state
+            e_BLD, after = jax.lax.scan(group, e_BLD, (stacked, jnp.arange(groups)))
+            taps += [after[member][repeat] for repeat in range(groups) for member in range(period)]
+            start += groups * period
+        else:
+            e_BLD = block(config.block(start), _block_params(params, config, start), e_BLD)
+            e_BLD = apply_edits(edits, start + 1, e_BLD)
+            taps.append(e_BLD)
+            start += 1
+    return taps
 
 
 def apply(
     params: Params,
     config: BackboneConfig,
-    x_BLF: jax.Array,
+    inputs: Input,
     *,
     edits: Sequence[Edit] = (),
     segment_ids: jax.Array | None = None,
+    mask_BL: jax.Array | None = None,
+    prefix_BPD: jax.Array | None = None,
 ) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...]]:
     """Outputs by head name, each (B, L, size), and taps: the residual stream (B, L, D) after each layer 0..layers,
-    after that layer's edits. Taps that are not used cost nothing under jit."""
+    after that layer's edits. Taps that are not used cost nothing under jit.
+
+    `segment_ids` (B, L): a run of one id is a sequence of its own. `mask_BL` is false at padding. `prefix_BPD` are
+    embeddings that come before the inputs, as part of the first segment: taps, and so edits, then have P + L steps.
+    """
     edits = _check_edits(config, edits)
-    e_BLD = apply_edits(edits, 0, _affine(params["embed"], x_BLF))
-    taps = [e_BLD]
-    for layer in range(config.layers):
-        e_BLD = apply_edits(edits, layer + 1, _block(params, config, layer, e_BLD, segment_ids))
-        taps.append(e_BLD)
-    return _read_out(params, e_BLD), tuple(taps)
+    inputs = as_inputs(config, inputs)
+    e_BLD = embed(params, config, inputs)
+    L, P, conditioning_BLC = e_BLD.shape[1], 0, inputs.conditioning
+    if prefix_BPD is not None:
+        P = prefix_BPD.shape[1]
+        e_BLD = jnp.concatenate([prefix_BPD.astype(e_BLD.dtype), e_BLD], axis=1)
+        before = ((0, 0), (P, 0))
+        segment_ids = None if segment_ids is None else jnp.pad(segment_ids, before, mode="edge")
+        mask_BL = None if mask_BL is None else jnp.pad(mask_BL, before, constant_values=True)
+        if conditioning_BLC is not None:
+            conditioning_BLC = jnp.pad(conditioning_BLC, (*before, (0, 0)))
+    if config.positions == "learned":
+        e_BLD = e_BLD + positions(params, config, P + L, segment_ids)
+    e_BLD = apply_edits(edits, 0, e_BLD)
+    taps = _run(params, config, e_BLD, 0, config.layers, edits, segment_ids, mask_BL, conditioning_BLC)
+    return read_out(params, config, taps[-1][:, P:]), (e_BLD, *taps)
 
 
 def lower(
-    params: Params, config: BackboneConfig, x_BLF: jax.Array, layer: int, *, segment_ids: jax.Array | None = None
+    params: Params,
+    config: BackboneConfig,
+    inputs: Input,
+    layer: int,
+    *,
+    segment_ids: jax.Array | None = None,
+    mask_BL: jax.Array | None = None,
 ) -> jax.Array:
     """Residual stream (B, L, D) at `layer`: the embedding and the first `layer` blocks."""
     config.check_layer(layer)
-    e_BLD = _affine(params["embed"], x_BLF)
-    for block in range(layer):
-        e_BLD = _block(params, config, block, e_BLD, segment_ids)
-    return e_BLD
+    inputs = as_inputs(config, inputs)
+    e_BLD = embed(params, config, inputs)
+    if config.positions == "learned":
+        e_BLD = e_BLD + positions(params, config, e_BLD.shape[1], segment_ids)
+    return [e_BLD, *_run(params, config, e_BLD, 0, layer, (), segment_ids, mask_BL, inputs.conditioning)][-1]
 
 
 def upper(
-    params: Params, config: BackboneConfig, e_BLD: jax.Array, layer: int, *, segment_ids: jax.Array | None = None
+    params: Params,
+    config: BackboneConfig,
+    e_BLD: jax.Array,
+    layer: int,
+    *,
+    segment_ids: jax.Array | None = None,
+    mask_BL: jax.Array | None = None,
+    conditioning_BLC: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Outputs from the residual stream at `layer`: the remaining blocks and the heads."""
     config.check_layer(layer)
-    for block in range(layer, config.layers):
-        e_BLD = _block(params, config, block, e_BLD, segment_ids)
-    return _read_out(params, e_BLD)
-
-
-State = tuple[Any, ...]
+    taps = _run(params, config, e_BLD, layer, config.layers, (), segment_ids, mask_BL, conditioning_BLC)
+    return read_out(params, config, [e_BLD, *taps][-1])
 
 
 def init_state(config: BackboneConfig, batch: int, length: int, *, start: int = 0, stop: int | None = None) -> State:
-    """States of the blocks between layers start and stop for the step form, for sequences of at most `length` steps."""
+    """States of the blocks between layers start and stop for the step form, for sequences of at most `length` steps.
+
+    Leaves have a leading axis of `batch`, or no axes. Raises ValueError where a block is not causal.
+    """
     stop = config.layers if stop is None else stop
     config.check_layer(start)
     config.check_layer(stop)
-    return tuple(
-        MIXERS[config.mixers[layer]].init_state(config.mixer_config(layer), batch, length)
-        for layer in range(start, stop)
-    )
+    states = []
+    for layer in range(start, stop):
+        block = config.block(layer)
+        if block.mixer.init_state is None or not block.causal:
+            raise ValueError(f"block {layer} is {block.mixer.kind.__name__}, not causal: it has no step form")
+        states.append(block.mixer.init_state(block.mixer_config, batch, length))
+    clock = (jnp.zeros((), jnp.int32),) if _clocked(config, start) else ()
+    return (*clock, *states)
 
 
-def step(
-    params: Params, config: BackboneConfig, x_BF: jax.Array, state: State, *, edits: Sequence[Edit] = ()
-) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...], State]:
-    """One token through the whole model: (outputs, taps, state). Operands and masks of edits have no L axis here."""
-    edits = _check_edits(config, edits)
-    _check_state("step", state, config.layers)
-    e_BD = apply_edits(edits, 0, _affine(params["embed"], x_BF))
-    taps, states = [e_BD], []
-    for layer in range(config.layers):
-        e_BD, block_state = _block_step(params, config, layer, e_BD, state[layer])
+def _run_step(params, config, e_BD, state, start, stop, edits, conditioning_BC) -> tuple[list[jax.Array], State]:
+    taps, states = [], []
+    for layer, block_state in zip(range(start, stop), state, strict=True):
+        block_params = _block_params(params, config, layer)
+        e_BD, block_state = blocks.step(block_params, config.block(layer), e_BD, block_state, conditioning_BC)
         e_BD = apply_edits(edits, layer + 1, e_BD)
         taps.append(e_BD)
         states.append(block_state)
-    return _read_out(params, e_BD), tuple(taps), tuple(states)
+    return taps, tuple(states)
+
+
+def _embed_step(params: Params, config: BackboneConfig, inputs: Inputs, state: State) -> tuple[jax.Array, State, State]:
+    """Embedding (B, D) of one step, the clock after it, and the states of the blocks."""
+    return _tick(params, config, embed(params, config, inputs), state)
+
+
+def _tick(params: Params, config: BackboneConfig, e_BD: jax.Array, state: State) -> tuple[jax.Array, State, State]:
+    if config.positions != "learned":
+        return e_BD, (), state
+    # Past the last position the last one is used: a compiled step can't raise.
+    position_D = params["positions"][jnp.minimum(state[0], config.context - 1)]
+    return e_BD + position_D[None].astype(e_BD.dtype), (state[0] + 1,), state[1:]
+
+
+def step(
+    params: Params, config: BackboneConfig, inputs: Input, state: State, *, edits: Sequence[Edit] = ()
+) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...], State]:
+    """One token through the whole model: (outputs, taps, state). Inputs, operands and masks of edits have no L axis."""
+    edits = _check_edits(config, edits)
+    _check_state("step", config, state, 0, config.layers)
+    inputs = as_inputs(config, inputs)
+    e_BD, clock, state = _embed_step(params, config, inputs, state)
+    e_BD = apply_edits(edits, 0, e_BD)
+    taps, state = _run_step(params, config, e_BD, state, 0, config.layers, edits, inputs.conditioning)
+    return read_out(params, config, taps[-1]), (e_BD, *taps), (*clock, *state)
 
 
 def lower_step(
-    params: Params, config: BackboneConfig, x_BF: jax.Array, state: State, layer: int
+    params: Params, config: BackboneConfig, inputs: Input, state: State, layer: int
 ) -> tuple[jax.Array, State]:
     """`lower` for one token; `state` from `init_state(..., stop=layer)`."""
     config.check_layer(layer)
-    _check_state("lower_step", state, layer)
-    e_BD, states = _affine(params["embed"], x_BF), []
-    for block in range(layer):
-        e_BD, block_state = _block_step(params, config, block, e_BD, state[block])
-        states.append(block_state)
-    return e_BD, tuple(states)
+    _check_state("lower_step", config, state, 0, layer)
+    inputs = as_inputs(config, inputs)
+    e_BD, clock, state = _embed_step(params, config, inputs, state)
+    taps, state = _run_step(params, config, e_BD, state, 0, layer, (), inputs.conditioning)
+    return [e_BD, *taps][-1], (*clock, *state)
 
 
 def upper_step(
-    params: Params, config: BackboneConfig, e_BD: jax.Array, state: State, layer: int
+    params: Params,
+    config: BackboneConfig,
+    e_BD: jax.Array,
+    state: State,
+    layer: int,
+    *,
+    conditioning_BC: jax.Array | None = None,
 ) -> tuple[dict[str, jax.Array], State]:
-    """`upper` for one token; `state` from `init_state(..., start=layer)`."""
+    """`upper` for one token; `state` from `init_state(..., start=layer)`. At layer 0 it takes a prefix embedding."""
     config.check_layer(layer)
-    _check_state("upper_step", state, config.layers - layer)
-    states = []
-    for block in range(layer, config.layers):
-        e_BD, block_state = _block_step(params, config, block, e_BD, state[block - layer])
-        states.append(block_state)
-    return _read_out(params, e_BD), tuple(states)
+    _check_state("upper_step", config, state, layer, config.layers)
+    clock: State = ()
+    if _clocked(config, layer):
+        e_BD, clock, state = _tick(params, config, e_BD, state)
+    taps, state = _run_step(params, config, e_BD, state, layer, config.layers, (), conditioning_BC)
+    return read_out(params, config, [e_BD, *taps][-1]), (*clock, *state)
 
 
 class Backbone(nn.Module):
@@ -233,6 +271,6 @@ class Backbone(nn.Module):
     config: BackboneConfig
 
     @nn.compact
-    def __call__(self, x_BLF: jax.Array, edits: Sequence[Edit] = (), segment_ids: jax.Array | None = None):
+    def __call__(self, inputs: Input, **options: Any):
         params = self.param("backbone", lambda key: init(key, self.config))
-        return apply(params, self.config, x_BLF, edits=edits, segment_ids=segment_ids)
+        return apply(params, self.config, inputs, **options)
