@@ -5,7 +5,9 @@ pure functions over a config and parameters. `Backbone`, `Metacontroller` and th
 """
 
 from seqmod import backbone, metacontroller, objectives
-from seqmod.backbone import Backbone, BackboneConfig
+from seqmod.backbone import Backbone
+from seqmod.config import BackboneConfig
+from seqmod.embedding import Inputs
 from seqmod.metacontroller import Metacontroller, MetacontrollerConfig
 from seqmod.mixers import MIXERS, AttentionConfig, Mixer, MixerLayer, RGLRUConfig, apply_mixer, mixing_matrix
 from seqmod.residual import Edit, Operator, low_rank_update
@@ -16,6 +18,7 @@ __all__ = [
     "Backbone",
     "BackboneConfig",
     "Edit",
+    "Inputs",
     "Metacontroller",
     "MetacontrollerConfig",
     "Mixer",

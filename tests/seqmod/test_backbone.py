@@ -143,7 +143,7 @@ def test_the_linen_module_is_the_pure_function(params):
     shapes = jax.eval_shape(module.init, jax.random.key(0), X_BLF)["params"]["backbone"]
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params)
     edits = [Edit(2, "add", normal(3, D))]
-    assert_equal(jax.jit(module.apply)({"params": {"backbone": params}}, X_BLF, edits), apply(params, X_BLF, edits))
+    assert_equal(jax.jit(module.apply)({"params": {"backbone": params}}, X_BLF, edits=edits), apply(params, X_BLF, edits))
 
 
 # Operators, against their formulas
@@ -275,7 +275,7 @@ def test_vmap_over_edits_is_a_loop_over_edits(params):
     [
         ({"mixers": ("attention", "mamba3")}, "mixer 'mamba3' is unknown, expected one of"),
         ({"mixers": ()}, "mixers is empty"),
-        ({"mlp": 0}, "must be positive"),
+        ({"mlp": -1}, "mlp -1 and conditioning 0 not negative"),
         ({"width": 7}, "width 7 is not divisible by heads 4"),
         ({"context": 12}, "max_distance is 12, expected more than 16"),
         ({"heads": (("a", 3), ("a", 5))}, "name a head twice"),
