@@ -4,7 +4,7 @@
 pure functions over a config and parameters. `Backbone`, `Metacontroller` and the mixers are linen modules around them.
 """
 
-from seqmod import backbone, metacontroller, objectives
+from seqmod import backbone, generate, metacontroller, objectives
 from seqmod.backbone import Backbone
 from seqmod.config import BackboneConfig
 from seqmod.embedding import Inputs
@@ -27,6 +27,7 @@ __all__ = [
     "RGLRUConfig",
     "apply_mixer",
     "backbone",
+    "generate",
     "low_rank_update",
     "metacontroller",
     "mixing_matrix",
