@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from seqmod.mixers import mixer_of
 from seqmod.mixers.base import Mixer, Params, apply_mixer, over_last, project, rms_norm, scaled_normal
+from seqmod.rows import map_rows
 
 Norm = Literal["rms", "layer"]
 Activation = Literal["relu", "gelu", "swiglu", "geglu"]
@@ -24,6 +25,7 @@ class BlockConfig:
     """One block: the config of its mixer, and of an MLP of hidden width `mlp` F, or none if that is 0.
 
     `output_bias` gives the MLP's second map a bias, `conditioning` C is the number of features that shift and scale.
+    The MLP is computed for `row_chunk` steps at a time, and again in the backward pass, if that is not 0.
     """
 
     mixer_config: Any
@@ -35,6 +37,7 @@ class BlockConfig:
     output_bias: bool = False
     conditioning: int = 0
     init_scale: float = 1.0
+    row_chunk: int = 0
 
     def __post_init__(self) -> None:
         if self.activation not in _NONLINEAR:
@@ -140,7 +143,10 @@ def apply(
     y_BLD = apply_mixer(
         config.mixer, params["mixer"], config.mixer_config, normed, segment_ids=segment_ids, mask_BL=mask_BL
     )
-    return _mlp(params, config, e_BLD + y_BLD, conditioning_BLC)
+    rows = e_BLD + y_BLD, conditioning_BLC
+    if not config.row_chunk or not config.mlp:
+        return _mlp(params, config, *rows)
+    return map_rows(lambda rows: _mlp(params, config, *rows), rows, config.row_chunk)
 
 
 def step(

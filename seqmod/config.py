@@ -22,7 +22,8 @@ class BackboneConfig:
     `BlockConfig`. `conditioning` C: features per token that shift and scale every block's normalised input.
     `tied` names the head, as large as the vocabulary, that uses the tokens' embeddings as its matrix; `embedding_scale`
     multiplies embedded tokens, and logits of all heads are squashed to `logit_cap` tanh(. / logit_cap) if it is given.
-    `scan` compiles repeated blocks once, with parameters stacked; `remat` recomputes blocks in the backward pass.
+    `scan` compiles repeated blocks once, with parameters stacked; `remat` recomputes blocks in the backward pass,
+    and `row_chunk` computes MLPs for that many steps at a time (see `seqmod.stream`).
     `dtype` is that of the stream; parameters and outputs are float32.
     A config that a mixer cannot serve raises ValueError.
     """
@@ -48,15 +49,20 @@ class BackboneConfig:
     logit_cap: float | None = None
     scan: bool = False
     remat: bool = False
+    row_chunk: int = 0
     dtype: Dtype = "float32"
 
     def __post_init__(self) -> None:
         if not self.mixers:
             raise ValueError("BackboneConfig: mixers is empty, expected one name or config per block")
-        if min(self.width, self.attention_heads, self.context) < 1 or min(self.mlp, self.conditioning) < 0:
+        if (
+            min(self.width, self.attention_heads, self.context) < 1
+            or min(self.mlp, self.conditioning, self.row_chunk) < 0
+        ):
             raise ValueError(
                 f"BackboneConfig: width {self.width}, attention_heads {self.attention_heads} and context "
-                f"{self.context} must be positive, mlp {self.mlp} and conditioning {self.conditioning} not negative"
+                f"{self.context} must be positive, mlp {self.mlp}, conditioning {self.conditioning} and row_chunk "
+                f"{self.row_chunk} not negative"
             )
         if min(self.inputs, self.vocabulary) < 0 or self.inputs + self.vocabulary < 1:
             raise ValueError(
@@ -113,6 +119,7 @@ class BackboneConfig:
             output_bias=self.output_bias,
             conditioning=self.conditioning,
             init_scale=self.init_scale,
+            row_chunk=self.row_chunk,
         )
 
     def check_layer(self, layer: int) -> None:

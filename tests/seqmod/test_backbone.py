@@ -275,7 +275,7 @@ def test_vmap_over_edits_is_a_loop_over_edits(params):
     [
         ({"mixers": ("attention", "mamba3")}, "mixer 'mamba3' is unknown, expected one of"),
         ({"mixers": ()}, "mixers is empty"),
-        ({"mlp": -1}, "mlp -1 and conditioning 0 not negative"),
+        ({"mlp": -1}, "mlp -1, conditioning 0 and row_chunk 0 not negative"),
         ({"width": 7}, "width 7 is not divisible by heads 4"),
         ({"context": 12}, "max_distance is 12, expected more than 16"),
         ({"heads": (("a", 3), ("a", 5))}, "name a head twice"),
