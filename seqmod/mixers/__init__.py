@@ -2,14 +2,26 @@
 
 from typing import Any
 
-from seqmod.mixers import attention, rglru
+from seqmod.mixers import attention, gam, lru, mamba, rglru, s4d, s5
 from seqmod.mixers.attention import AttentionConfig
 from seqmod.mixers.base import Context, Mixer, MixerLayer, apply_mixer, mixing_matrix
+from seqmod.mixers.gam import GAMConfig
+from seqmod.mixers.lru import LRUConfig
+from seqmod.mixers.mamba import MambaConfig
 from seqmod.mixers.rglru import RGLRUConfig
+from seqmod.mixers.s4d import S4DConfig
+from seqmod.mixers.s5 import S5Config
 
 MIXERS: dict[str, Mixer] = {
     "attention": attention.MIXER,
+    # State spaces and gated recurrences
+    "s4d": s4d.MIXER,
+    "s5": s5.MIXER,
+    "lru": lru.MIXER,
     "rglru": rglru.MIXER,
+    "mamba": mamba.MIXER,
+    # Local
+    "gam": gam.MIXER,
 }
 
 
@@ -25,9 +37,14 @@ __all__ = [
     "MIXERS",
     "AttentionConfig",
     "Context",
+    "GAMConfig",
+    "LRUConfig",
+    "MambaConfig",
     "Mixer",
     "MixerLayer",
     "RGLRUConfig",
+    "S4DConfig",
+    "S5Config",
     "apply_mixer",
     "mixer_of",
     "mixing_matrix",

@@ -13,7 +13,7 @@ from seqmod.mixers import MIXERS, Context, Mixer, apply_mixer
 B, L, M, D, H = 2, 7, 5, 18, 3
 
 # Steps into the past that a mixer sees, where that is fewer than L.
-REACH: dict[str, int] = {}
+REACH: dict[str, int] = {"gam": 3}
 
 
 class Case(NamedTuple):
