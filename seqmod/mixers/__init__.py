@@ -2,24 +2,54 @@
 
 from typing import Any
 
-from seqmod.mixers import attention, gam, lru, mamba, rglru, s4d, s5
+from seqmod.mixers import (
+    attention,
+    deltanet,
+    gam,
+    gated_deltanet,
+    gla,
+    lightning,
+    linear_attention,
+    lru,
+    mamba,
+    mamba2,
+    retnet,
+    rglru,
+    s4d,
+    s5,
+)
 from seqmod.mixers.attention import AttentionConfig
 from seqmod.mixers.base import Context, Mixer, MixerLayer, apply_mixer, mixing_matrix
+from seqmod.mixers.deltanet import DeltaNetConfig
 from seqmod.mixers.gam import GAMConfig
+from seqmod.mixers.gated_deltanet import GatedDeltaNetConfig
+from seqmod.mixers.gla import GLAConfig
+from seqmod.mixers.lightning import LightningConfig
+from seqmod.mixers.linear_attention import LinearAttentionConfig
 from seqmod.mixers.lru import LRUConfig
 from seqmod.mixers.mamba import MambaConfig
+from seqmod.mixers.mamba2 import Mamba2Config
+from seqmod.mixers.retnet import RetNetConfig
 from seqmod.mixers.rglru import RGLRUConfig
 from seqmod.mixers.s4d import S4DConfig
 from seqmod.mixers.s5 import S5Config
 
 MIXERS: dict[str, Mixer] = {
     "attention": attention.MIXER,
+    # Linear attention
+    "linear_attention": linear_attention.MIXER,
+    "retnet": retnet.MIXER,
+    "lightning": lightning.MIXER,
+    "gla": gla.MIXER,
+    "deltanet": deltanet.MIXER,
+    "gated_deltanet": gated_deltanet.MIXER,
     # State spaces and gated recurrences
     "s4d": s4d.MIXER,
     "s5": s5.MIXER,
     "lru": lru.MIXER,
     "rglru": rglru.MIXER,
     "mamba": mamba.MIXER,
+    "mamba2": mamba2.MIXER,
     # Local
     "gam": gam.MIXER,
 }
@@ -37,12 +67,19 @@ __all__ = [
     "MIXERS",
     "AttentionConfig",
     "Context",
+    "DeltaNetConfig",
     "GAMConfig",
+    "GLAConfig",
+    "GatedDeltaNetConfig",
     "LRUConfig",
+    "LightningConfig",
+    "LinearAttentionConfig",
+    "Mamba2Config",
     "MambaConfig",
     "Mixer",
     "MixerLayer",
     "RGLRUConfig",
+    "RetNetConfig",
     "S4DConfig",
     "S5Config",
     "apply_mixer",
