@@ -86,37 +86,22 @@ class Variant:
 
 _Q = {"q_BLHK": "BLHK", "k_BLGK": "BLHK", "v_BLGV": "BLHV"}
 _STATE = {"initial_state_BHKV": "BHKV"}
-_NARROW = {"float32": "bfloat16, not float32"}
 _TOKENS = {"q_BLHK": "BLHK", "k_BLHK": "BLHK", "v_BLHV": "BLHV", "beta_BLH": "BLH", **_STATE}
 _SHARED = {"q_BLHK": "BLHK", "k_BLHK": "BLGK", "v_BLHV": "BLGV", "beta_BLH": "BLG", "initial_state_BHKV": "BGKV"}
 _SCAN = {"u_BLD": "BLD", "delta_BLD": "BLD", "A_DN": "DN", "B_BLN": "BLN", "C_BLN": "BLN", "initial_state_BDN": "BDN"}
 VARIANTS = (
     Variant(linear_recurrence, "real", {"a_BLN": "BLD", "x_BLN": "BLD", "initial_state": "BD"}),
-    Variant(linear_attention, "no decay", {**_Q, **_STATE}, refused=_NARROW),
-    Variant(
-        linear_attention, "no decay, normalised", _Q, {"normalise": True}, sizes={"K": 64, "V": 64}, refused=_NARROW
-    ),
-    Variant(linear_attention, "constant per head", {**_Q, "log_decay": "H", **_STATE}, refused=_NARROW),
-    Variant(linear_attention, "per head", {**_Q, "log_decay": "BLH", **_STATE}, refused=_NARROW),
+    Variant(linear_attention, "no decay", {**_Q, **_STATE}),
+    Variant(linear_attention, "no decay, normalised", _Q, {"normalise": True}, sizes={"K": 64, "V": 64}),
+    Variant(linear_attention, "constant per head", {**_Q, "log_decay": "H", **_STATE}),
+    Variant(linear_attention, "per head", {**_Q, "log_decay": "BLH", **_STATE}),
     Variant(
         linear_attention,
         "per head, keys shared",
         {**_Q, "k_BLGK": "BLGK", "v_BLGV": "BLGV", "log_decay": "BLH", **_STATE},
-        refused=_NARROW,
     ),
-    Variant(
-        linear_attention,
-        "per head, 256 wide",
-        {**_Q, "log_decay": "BLH", **_STATE},
-        sizes={"K": 256, "V": 256},
-        refused=dict.fromkeys(DTYPES, "at most 128 columns"),
-    ),
-    Variant(
-        linear_attention,
-        "per channel",
-        {**_Q, "log_decay": "BLHK", **_STATE},
-        refused=dict.fromkeys(DTYPES, "per channel are not written"),
-    ),
+    Variant(linear_attention, "per head, 256 wide", {**_Q, "log_decay": "BLH", **_STATE}, sizes={"K": 256, "V": 256}),
+    Variant(linear_attention, "per channel", {**_Q, "log_decay": "BLHK", **_STATE}),
     Variant(delta_rule, "no gate", _TOKENS),
     Variant(delta_rule, "gate", {**_TOKENS, "log_decay_BLH": "BLH"}),
     Variant(delta_rule, "gate, keys shared", {**_SHARED, "log_decay_BLH": "BLG"}),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from kernels.checks import check_array, check_length, check_rank, check_segments, refuse_float64
+from kernels.checks import check_array, check_length, check_rank, check_segments, refuse_float64, refuse_old_gpu
 from kernels.dispatch import auto_for, select
 from kernels.linear_attention import chunked, pallas_gpu, pallas_tpu, reference, scan
 from kernels.linear_attention.blocks import LinearAttentionBlocks
@@ -190,17 +190,18 @@ def _read(
     rank = 0 if log_decay is None else log_decay.ndim
     refused = {
         "pallas_tpu": pallas_tpu.refusal(rank, blocks),
-        "pallas_gpu": pallas_gpu.refusal(q_BLHK, k_BLGK, v_BLGV, columns, rank, blocks, interpret),
+        "pallas_gpu": pallas_gpu.refusal(q_BLHK, k_BLGK, v_BLGV, rank, blocks, interpret),
     }
-    refused = {name: reason for name, reason in refused.items() if reason} | refuse_float64(dtype)
+    refused = {name: reason for name, reason in refused.items() if reason}
+    refused |= refuse_float64(dtype) | refuse_old_gpu(interpret)
     # With decays per channel, chunks have pairwise decays to form, and the scan is ahead at any size.
     auto = auto_for(0 if rank == 4 else 4 * B * H * K * columns)
     run = select(op, implementation, available, refused=refused, auto=auto)
 
     if initial_state_BHKV is None:
         initial_state_BHKV = jnp.zeros((B, H, K, columns), dtype)
-    if log_decay is not None and log_decay.ndim == 1:
-        log_decay = jnp.broadcast_to(log_decay[None, None], (B, L, H))
+    if log_decay is not None and log_decay.ndim == 1:  # its gradient is rounded after the sum over steps
+        log_decay = jnp.broadcast_to(log_decay.astype(dtype)[None, None], (B, L, H))
     values = _with_ones(v_BLGV) if normalise else v_BLGV
     q, k, values, log_decay, ids = flip((q_BLHK, k_BLGK, values, log_decay, segment_ids), reverse)
     index_BL = None if ids is None else segment_index(ids)

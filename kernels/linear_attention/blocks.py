@@ -6,7 +6,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class LinearAttentionBlocks:
     """Steps in a chunk: `chunk` if decays are per head, `channel_chunk` if they are per channel, where the pairwise
-    decays inside a chunk take chunk * K numbers a step. The TPU needs multiples of 8, the GPU kernels 64."""
+    decays inside a chunk take chunk * K numbers a step. The TPU needs multiples of 8. The GPU kernels for tensor cores
+    need a chunk of 64, those that go token by token look at neither."""
 
     chunk: int = 64
     channel_chunk: int = 8

@@ -40,14 +40,14 @@ def every(*implementations: str, ops: tuple[Op, ...] = OPS):
     return pytest.mark.parametrize(("op", "implementation"), pairs)
 
 
-def every_case(*implementations: str):
-    """The same in every case that the implementation runs."""
+def every_case(*implementations: str, backwards: bool = False):
+    """The same in every case that the implementation runs, or in those that run from the last step to the first."""
     triples = [
         pytest.param(op, each, case, id=f"{op.name}-{each}-{case}")
         for op in OPS
         for each in implementations
         for case in op.cases
-        if op.runs(each, case)
+        if op.runs(each, case) and (not backwards or "reverse" in op.cases[case][1])
     ]
     return pytest.mark.parametrize(("op", "implementation", "case"), triples)
 
@@ -171,9 +171,11 @@ def assert_close(found, wanted, tolerance: float) -> None:
         assert error <= tolerance * size + 1e-30, (jax.tree_util.keystr(path), error / size)
 
 
-def assert_rounded_once(op: Op, implementation: str, dtype: Any, case: str) -> dict[str, Any]:
+def assert_rounded_once(
+    op: Op, implementation: str, dtype: Any, case: str, L: int = LENGTH, **sizes: int
+) -> dict[str, Any]:
     """With all inputs narrow, nothing but outputs and gradients is rounded, and those once. Returns the gradients."""
-    arguments, options, cotangents = draw(op, case)
+    arguments, options, cotangents = draw(op, case, L, **sizes)
     floats, ids = split(arguments)
     narrow = {name: jnp.asarray(each, dtype) for name, each in floats.items()}
     found = compute(op, implementation, Drawn(narrow | {"segment_ids": ids}, options, cotangents))

@@ -221,6 +221,7 @@ _BOUNDED = {"segment_ids": "BL"}
 _WIDE, _NARROW = ("float32",), ("bfloat16",)
 # Heads that fill tiles and heads that do not.
 _TILES = [{"B": 2, "L": L, "H": 4, "G": 2, "K": K, "V": V} for L, K, V in ((200, 128, 128), (3, 5, 7))]
+_WIDER = [{"B": 1, "L": 70, "H": 2, "G": 1, "K": 256, "V": 130}]
 _PARTS = [{"B": 1, "L": 150, "H": 2, "Q": 4, "K": 48, "V": 80}]
 
 
@@ -269,6 +270,7 @@ ATTENTION = Op(
         "full": (_ATTENTION_FULL, {"scale": 0.3}),
         "reverse": (_ATTENTION_FULL | _BOUNDED, {"scale": 0.3, "reverse": True}),
         "channel": (_ATTENTION_FULL | {"log_decay": "BLHK"} | _BOUNDED, {"scale": 0.3}),
+        "channel_reverse": (_ATTENTION_FULL | {"log_decay": "BLHK"} | _BOUNDED, {"scale": 0.3, "reverse": True}),
     },
     sizes={"B": 2, "H": 6, "G": 3, "K": 5, "V": 7},
     adjust=_attention_adjust,
@@ -288,11 +290,13 @@ ATTENTION = Op(
     },
     default_blocks=LinearAttentionBlocks(),
     tolerance=2e-6,
-    on_gpu=(("plain", 131), ("constant", 131), ("full", 131)),
+    on_gpu=(("plain", 131), ("constant", 131), ("full", 131), ("channel", 67)),
     gpu_sizes={"B": 1, "H": 2, "G": 1},
     lowered={
         "tpu": _variants("plain full channel", _TILES, _WIDE + _NARROW),
-        "cuda": _variants("plain full", _TILES, _NARROW),
+        "cuda": _variants("channel", _TILES + _WIDER, _NARROW)
+        + _variants("plain full", _TILES[:1], (*_WIDE, "float16"))
+        + _variants("plain full", _WIDER + _TILES, _NARROW),
     },
     large={"B": 2, "H": 6, "G": 3, "K": 5, "V": 7},
 )
