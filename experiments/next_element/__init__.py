@@ -1,0 +1,1 @@
+"""Next-element prediction with a known optimum: which mixer learns what, and at what cost."""
