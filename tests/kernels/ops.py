@@ -290,7 +290,7 @@ ATTENTION = Op(
     },
     default_blocks=LinearAttentionBlocks(),
     tolerance=2e-6,
-    on_gpu=(("plain", 131), ("constant", 131), ("full", 131), ("channel", 67)),
+    on_gpu=(("plain", 131), ("constant", 131), ("full", 131), ("channel", 37)),
     gpu_sizes={"B": 1, "H": 2, "G": 1},
     lowered={
         "tpu": _variants("plain full channel", _TILES, _WIDE + _NARROW),

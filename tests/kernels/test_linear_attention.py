@@ -107,6 +107,15 @@ def test_decays_per_channel_of_one_channel_are_those_per_head(implementation):
     assert_close(compute(ATTENTION, implementation, drawn), exact(ATTENTION, drawn), 2e-6)
 
 
+@pytest.mark.parametrize("case", ["constant", "reverse", "channel"])
+@pytest.mark.parametrize("implementation", ["chunked", "scan"])
+def test_chunks_in_one_turn(implementation, case):
+    """Thirteen chunks in turns of three: the last turn has one that is not whole, and two that are empty."""
+    drawn = draw(ATTENTION, case, 37)
+    found = compute(ATTENTION, implementation, drawn, blocks=LinearAttentionBlocks(3, 3))
+    assert_close(found, exact(ATTENTION, drawn), 2e-6)
+
+
 def test_auto_is_the_scan_on_a_cpu_and_pallas_is_not_there():
     found, wanted = (linear_attention(**arrays(implementation=name)) for name in ("auto", "scan"))
     assert_close(found, wanted, 0)
@@ -154,6 +163,53 @@ def test_the_gpu_kernels_can_be_mapped():
         assert_close(jax.tree.map(lambda x, i=i: x[i], found), exact(ATTENTION, each), 2e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_heads_wider_than_a_tile_are_several_tiles_on_gpus(dtype):
+    """By the kernels for tensor cores, and by those for decays per channel, which take narrow tokens too."""
+    wide = {"B": 1, "H": 1, "G": 1, "K": 67, "V": 71}
+    if dtype == jnp.float32:
+        drawn = draw(ATTENTION, "full", 3, **wide)
+        assert_close(compute(ATTENTION, "pallas_gpu", drawn, interpret=UNWATCHED), exact(ATTENTION, drawn), 2e-6)
+    else:
+        family.assert_rounded_once(ATTENTION, "pallas_gpu", dtype, "channel", 3, **wide)
+
+
+@pytest.mark.parametrize(("case", "L"), [("plain", 3), ("constant", 37)])
+def test_the_gpu_kernels_round_float16_once(case, L):
+    """It goes token by token in float32, as float32 does on a device."""
+    family.assert_rounded_once(ATTENTION, "pallas_gpu", jnp.float16, case, L, **ATTENTION.gpu_sizes)
+
+
+def test_states_that_float16_does_not_hold():
+    """Both steps add 2^16 to one entry, of which the query reads an eighth."""
+    q, k = np.full((1, 2, 1, 1), 2**-3, np.float16), np.full((1, 2, 1, 1), 2**8, np.float16)
+    y, state = linear_attention(q, k, k, **family.settings(ATTENTION, "pallas_gpu"))
+    assert y.dtype == jnp.float16
+    assert state.item() == 2**17
+    assert y.ravel().tolist() == [2**13, 2**14]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "case", "chunks"),
+    [
+        ("9.0", "bfloat16", "full", True),
+        ("9.0", "float16", "full", False),
+        ("9.0", "float32", "full", False),
+        ("9.0", "bfloat16", "channel", False),
+        ("10.0", "bfloat16", "full", False),
+    ],
+)
+def test_tensor_cores_run_what_they_bear(monkeypatch, capability, dtype, case, chunks):
+    class Device:
+        compute_capability = capability
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    arguments = family.abstract(ATTENTION, case, ATTENTION.sizes | {"L": 3}, dtype)
+    program = str(jax.make_jaxpr(lambda each: linear_attention(**each, implementation="pallas"))(arguments))
+    assert [name in program for name in ("attention_by_chunks", "attention_by_tokens")] == [chunks, not chunks]
+
+
 # What is refused
 
 
@@ -199,16 +255,14 @@ def test_bad_blocks_are_refused(sizes):
     [
         ("pallas_tpu", {"blocks": LinearAttentionBlocks(12)}, "multiples of 8, got LinearAttentionBlocks"),
         ("pallas_gpu", {"blocks": LinearAttentionBlocks(128)}, "its chunks have 64 steps, got LinearAttentionBlocks"),
-        ("pallas_gpu", {}, "queries, keys and values are bfloat16, not float32"),
-        ("pallas_gpu", {"log_decay": np.zeros((2, 4, 6, 5), np.float32)}, "decays per channel are not written"),
-        ("pallas_gpu", {"v_BLGV": np.ones((2, 4, 3, 130), np.float32), "initial_state_BHKV": None}, "at most 128 col"),
     ],
 )
 def test_kernels_say_what_they_refuse(implementation, change, words):
+    narrow = {n: jnp.asarray(x, jnp.bfloat16) for n, x in arrays().items() if n in ("q_BLHK", "k_BLGK", "v_BLGV")}
     with pytest.raises(NotImplementedError, match=f"linear_attention: .*{implementation}.*{words}"):
-        linear_attention(**arrays(implementation=implementation, **change))
+        linear_attention(**arrays(implementation=implementation, **narrow, **change))
 
 
 def test_the_gpu_kernels_need_hopper(ampere):
-    with pytest.raises(NotImplementedError, match="only Hopper"):
+    with pytest.raises(NotImplementedError, match="it needs compute capability"):
         linear_attention(**arrays(implementation="pallas"))
