@@ -55,11 +55,13 @@ def test_the_reference_is_the_float64_loop_and_its_gradients_are_slopes(op, impl
 
 @every_case(*FAST, "scan")
 def test_values_and_gradients(op, implementation, case):
-    drawn = draw(op, case)
-    found = compute(op, implementation, drawn)
-    wanted = jnp.complex64 if case == "complex" else jnp.float32
-    assert {each.dtype for each in jax.tree.leaves(found)} == {np.dtype(wanted)}
-    assert_close(found, exact(op, drawn), op.tolerance)
+    """Complex numbers also at length 1: `test_any_shape` draws the others short."""
+    for L in (1, LENGTH) if case == "complex" else (LENGTH,):
+        drawn = draw(op, case, L)
+        found = compute(op, implementation, drawn)
+        wanted = jnp.complex64 if case == "complex" else jnp.float32
+        assert {each.dtype for each in jax.tree.leaves(found)} == {np.dtype(wanted)}
+        assert_close(found, exact(op, drawn), op.tolerance)
 
 
 @pytest.mark.parametrize("part", [0, 1])
@@ -74,13 +76,13 @@ def test_gradients_through_one_output_alone(op, implementation, part):
     assert np.abs(gradients[op.state]).max() > 1e-4
 
 
-@every_op
-def test_float64_where_enabled(op):
-    drawn = draw(op, "reverse")
+@every_case("chunked", "scan", backwards=True)
+def test_float64_where_enabled(op, implementation, case):
+    drawn = draw(op, case)
     arguments, ids = family.split(drawn.arguments)
     with jax.enable_x64(True):
         wide = Drawn(family.wide(arguments) | {"segment_ids": ids}, drawn.options, family.wide(drawn.cotangents))
-        found = compute(op, "chunked", wide)
+        found = compute(op, implementation, wide)
     assert {each.dtype for each in jax.tree.leaves(found)} == {np.dtype(np.float64)}
     assert_close(found, exact(op, drawn), 1e-13)
 
