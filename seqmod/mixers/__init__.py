@@ -8,15 +8,20 @@ from seqmod.mixers import (
     gam,
     gated_deltanet,
     gla,
+    hydra,
     lightning,
     linear_attention,
     lru,
     mamba,
     mamba2,
+    monarch,
+    multipath,
     retnet,
     rglru,
     s4d,
     s5,
+    semiseparable,
+    structured,
 )
 from seqmod.mixers.attention import AttentionConfig
 from seqmod.mixers.base import Context, Mixer, MixerLayer, apply_mixer, mixing_matrix
@@ -24,15 +29,20 @@ from seqmod.mixers.deltanet import DeltaNetConfig
 from seqmod.mixers.gam import GAMConfig
 from seqmod.mixers.gated_deltanet import GatedDeltaNetConfig
 from seqmod.mixers.gla import GLAConfig
+from seqmod.mixers.hydra import HydraConfig
 from seqmod.mixers.lightning import LightningConfig
 from seqmod.mixers.linear_attention import LinearAttentionConfig
 from seqmod.mixers.lru import LRUConfig
 from seqmod.mixers.mamba import MambaConfig
 from seqmod.mixers.mamba2 import Mamba2Config
+from seqmod.mixers.monarch import MonarchConfig
+from seqmod.mixers.multipath import MultipathConfig
 from seqmod.mixers.retnet import RetNetConfig
 from seqmod.mixers.rglru import RGLRUConfig
 from seqmod.mixers.s4d import S4DConfig
 from seqmod.mixers.s5 import S5Config
+from seqmod.mixers.semiseparable import SemiseparableConfig
+from seqmod.mixers.structured import StructuredConfig
 
 MIXERS: dict[str, Mixer] = {
     "attention": attention.MIXER,
@@ -50,6 +60,17 @@ MIXERS: dict[str, Mixer] = {
     "rglru": rglru.MIXER,
     "mamba": mamba.MIXER,
     "mamba2": mamba2.MIXER,
+    # Bidirectional and structured matrices
+    "hydra": hydra.MIXER,
+    "multipath": multipath.MIXER,
+    "dense": structured.DENSE,
+    "toeplitz": structured.TOEPLITZ,
+    "dft": structured.DFT,
+    "vandermonde": structured.VANDERMONDE,
+    "cauchy": structured.CAUCHY,
+    "low_rank": structured.LOW_RANK,
+    "semiseparable": semiseparable.MIXER,
+    "monarch": monarch.MIXER,
     # Local
     "gam": gam.MIXER,
 }
@@ -71,6 +92,7 @@ __all__ = [
     "GAMConfig",
     "GLAConfig",
     "GatedDeltaNetConfig",
+    "HydraConfig",
     "LRUConfig",
     "LightningConfig",
     "LinearAttentionConfig",
@@ -78,10 +100,14 @@ __all__ = [
     "MambaConfig",
     "Mixer",
     "MixerLayer",
+    "MonarchConfig",
+    "MultipathConfig",
     "RGLRUConfig",
     "RetNetConfig",
     "S4DConfig",
     "S5Config",
+    "SemiseparableConfig",
+    "StructuredConfig",
     "apply_mixer",
     "mixer_of",
     "mixing_matrix",
