@@ -185,8 +185,7 @@ def _launch(kernel, name: str, share: int, decay: jax.Array, state_BHKV: jax.Arr
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q, k, v, decay, state_BHKV, interpret):
+def _run(q, k, v, decay, state_BHKV, interpret):
     """y (B, H, L, V) and the last state, for whole chunks and tiles."""
     (B, H, K, V), L = state_BHKV.shape, q.shape[2]
     outputs = [_like(K // TILE, B, H, L, V), _like(B, H, V, K)]
@@ -197,7 +196,7 @@ def _attend(q, k, v, decay, state_BHKV, interpret):
 
 def _forward(q, k, v, decay, state_BHKV, interpret):
     arguments = (q, k, v, decay, state_BHKV)
-    return _attend(*arguments, interpret), arguments
+    return _run(*arguments, interpret), arguments
 
 
 def _backward(interpret, arguments, cotangents):
@@ -217,4 +216,5 @@ def _backward(interpret, arguments, cotangents):
     return d_q, d_k, d_v, d_decay if decay.ndim == 4 else d_decay.sum(3), d_first
 
 
+_attend = jax.custom_vjp(_run, nondiff_argnums=(5,))
 _attend.defvjp(_forward, _backward)
