@@ -15,6 +15,9 @@ B, L, M, D, H = 2, 7, 5, 18, 3
 # Steps into the past that a mixer sees, where that is fewer than L.
 REACH: dict[str, int] = {"gam": 3}
 
+# Pairs of the steps below that happen to have no weight, in a mixer that cuts queries and keys off at zero.
+UNSEEN: dict[str, int] = {"cosformer": 1}
+
 
 class Case(NamedTuple):
     mixer: Mixer
