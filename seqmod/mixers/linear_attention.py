@@ -27,6 +27,7 @@ from seqmod.mixers.base import (
     scaled_normal,
 )
 from seqmod.mixers.decays import past_steps
+from seqmod.mixers.heads import join_context
 
 _FLOOR = 1e-6
 
@@ -88,13 +89,6 @@ def read_out(params: Params, config: LinearAttentionConfig, x: jax.Array, y: jax
     return project("...HV,HVD->...D", y.astype(x.dtype), params["out"])
 
 
-def _weights(q_BLHK: jax.Array, k_BMHK: jax.Array, visible_BLM: jax.Array) -> jax.Array:
-    """The normalised weights m_BHLM, written down."""
-    scores_BHLM = jnp.einsum("BLHK,BMHK->BHLM", q_BLHK, k_BMHK, preferred_element_type=jnp.float32)
-    scores_BHLM = jnp.where(visible_BLM[:, None], scores_BHLM, 0)
-    return scores_BHLM / jnp.maximum(scores_BHLM.sum(-1, keepdims=True), _FLOOR)
-
-
 def _read_all(q_BLHK: jax.Array, k_BMHK: jax.Array, v_BMHV: jax.Array) -> jax.Array:
     """Every query reads every step, at a cost linear in both."""
     sums_BHKV = jnp.einsum("BMHK,BMHV->BHKV", k_BMHK, v_BMHV, preferred_element_type=jnp.float32)
@@ -105,21 +99,17 @@ def _read_all(q_BLHK: jax.Array, k_BMHK: jax.Array, v_BMHV: jax.Array) -> jax.Ar
 
 
 def _read_context(
-    q_BLHK: jax.Array,
-    k_BMHK: jax.Array,
-    v_BMHV: jax.Array,
-    segments_BL: jax.Array | None,
-    segments_BM: jax.Array | None,
+    q_BLHK: jax.Array, k_BMHK: jax.Array, v_BMHV: jax.Array, segments_BL: jax.Array | None, context: Context
 ) -> jax.Array:
-    """A query reads the steps of the context that have its id; a context without ids is read by all."""
-    if segments_BM is None:
+    """A query reads the steps of the context that have its id, or all if the context has no ids."""
+    if context.segments_BM is None:
         return _read_all(q_BLHK, k_BMHK, v_BMHV)
-    if segments_BL is None:
-        # Queries without ids are of segment 0; keys of zeros are as good as absent.
-        return _read_all(q_BLHK, jnp.where((segments_BM == 0)[..., None, None], k_BMHK, 0), v_BMHV)
-    # The one case of a cost quadratic in length: sums per id would need a bound on how many there are.
-    m_BHLM = _weights(q_BLHK, k_BMHK, segments_BL[:, :, None] == segments_BM[:, None])
-    return jnp.einsum("BHLM,BMHV->BLHV", m_BHLM, v_BMHV.astype(jnp.float32))
+    joined = join_context(segments_BL, context)
+    q_BNHK = joined.join(jnp.zeros_like(k_BMHK), q_BLHK)
+    k_BNHK = joined.join(k_BMHK, jnp.zeros_like(q_BLHK))
+    v_BNHV = joined.join(v_BMHV, jnp.zeros_like(q_BLHK))
+    y_BNHV, _ = linear_attention(q_BNHK, k_BNHK, v_BNHV, segment_ids=joined.ids_BN, normalise=True)
+    return joined.queries(y_BNHV)
 
 
 def apply(
@@ -134,7 +124,7 @@ def apply(
     q_BLHK, k_BMHK = _features(params, x_BLD, "query"), _features(params, source_BMD, "key")
     v_BMHV = values(params, config, source_BMD)
     if context is not None:
-        y_BLHV = _read_context(q_BLHK, k_BMHK, v_BMHV, segment_ids, context.segments_BM)
+        y_BLHV = _read_context(q_BLHK, k_BMHK, v_BMHV, segment_ids, context)
     elif config.causal:
         y_BLHV, _ = linear_attention(q_BLHK, k_BMHK, v_BMHV, segment_ids=segment_ids, normalise=True)
     elif segment_ids is None:
@@ -152,7 +142,10 @@ def matrix(
     visible_BLM = jnp.ones((1, L, L), bool) if segment_ids is None else same_segment(segment_ids)
     if config.causal:
         visible_BLM = visible_BLM & past_steps(L)
-    return _weights(_features(params, x_BLD, "query"), _features(params, x_BLD, "key"), visible_BLM)
+    q_BLHK, k_BMHK = _features(params, x_BLD, "query"), _features(params, x_BLD, "key")
+    scores_BHLM = jnp.einsum("BLHK,BMHK->BHLM", q_BLHK, k_BMHK, preferred_element_type=jnp.float32)
+    scores_BHLM = jnp.where(visible_BLM[:, None], scores_BHLM, 0)
+    return scores_BHLM / jnp.maximum(scores_BHLM.sum(-1, keepdims=True), _FLOOR)
 
 
 def init_state(config: LinearAttentionConfig, batch: int, length: int) -> LinearAttentionState:

@@ -49,20 +49,21 @@ def test_self_attention_against_the_formula(random_params, causal):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_cross_attention_against_the_formula(random_params, causal):
-    """A context without ids is read by all; queries without ids are of segment 0; equal ids read each other."""
+    """A context without ids is read by all; with ids, equal ones read each other, in whatever order."""
     case, exact_LD = make(random_params, causal)
     context_BMD = sequence(2, 7, 5, seed=2)
     exact_MD = np.asarray(context_BMD[1], np.float64)
-    ids_L, ids_M = np.array([4] * 3 + [0] * 8), np.array([0, 0, 4, 4, 4, 9, 9])
+    ids_L, ids_M = np.array([4] * 3 + [0] * 7 + [4]), np.array([0, 0, 4, 4, 9, 9, 4])
     ids_BL, ids_BM = (jnp.broadcast_to(jnp.asarray(ids)[None], (2, len(ids))) for ids in (ids_L, ids_M))
     for queries, keys, visible in (
         (None, None, lambda t, s: True),
         (ids_BL, None, lambda t, s: True),
-        (None, ids_BM, lambda t, s: ids_M[s] == 0),
         (ids_BL, ids_BM, lambda t, s: ids_L[t] == ids_M[s]),
     ):
         got = run(case, case.x_BLD, queries, Context(context_BMD, keys))[1]
         np.testing.assert_allclose(got, reference(case.params, exact_LD, exact_MD, visible), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="the queries have none"):
+        run(case, case.x_BLD, None, Context(context_BMD, ids_BM))
 
 
 def test_weights_are_shares(random_params):
