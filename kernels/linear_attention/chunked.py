@@ -16,7 +16,8 @@ Only the inputs are kept for the backward pass. It first rebuilds the states bet
 ten, and then goes over the chunks from the last to the first: memory is linear in length, K V / chunk numbers a step.
 
 Both passes take a few neighbouring chunks a turn: all products of a turn are batched, and only the sums that carry the
-state from chunk to chunk are formed one after the other. On two CPU cores that takes about a quarter off both.
+state from chunk to chunk are formed one after the other. On two CPU cores, at 4096 steps with decays, that halves
+the forward pass and takes a third off the backward pass.
 """
 
 from functools import partial
@@ -213,7 +214,7 @@ def _turns(q_BLHK, k_BLGK, v_BLGV, log_decay, state_BHKV, index_BL, blocks: Line
     before_BN = jnp.concatenate([index_BL[:, :1], index_BL[:, C - 1 : -1 : C]], axis=1)
     index, before = _split(index_BL, M, C), _split(before_BN, M, 1)[..., 0]
     g = None if log_decay is None else _split(log_decay, M, C)
-    return *(_split(each, M, C) for each in (q_BLHK, k_BLGK, v_BLGV)), g, index, before
+    return _split(q_BLHK, M, C), _split(k_BLGK, M, C), _split(v_BLGV, M, C), g, index, before
 
 
 def _open(inputs, dtype) -> tuple[jax.Array, jax.Array, jax.Array, Decays]:

@@ -116,6 +116,20 @@ def test_chunks_in_one_turn(implementation, case):
     assert_close(found, exact(ATTENTION, drawn), 2e-6)
 
 
+def test_long_scans_go_by_chunks_where_gradients_are_asked_for():
+    """Without gradients, and with decays per channel, they are the scan over tokens."""
+    for case, other in (("full", "chunked"), ("channel", "reference")):
+        drawn = draw(ATTENTION, case, 1024, B=1, H=2, G=1)
+        found = compute(ATTENTION, "scan", drawn)
+        assert_close(found, exact(ATTENTION, drawn), 2e-6)
+        options = drawn.options | {"blocks": ATTENTION.blocks["scan"]}
+        runs = {
+            n: jax.jit(partial(linear_attention, implementation=n, **options)) for n in ("scan", other, "reference")
+        }
+        assert_close(found[0], runs[other](**drawn.arguments), 0)
+        assert_close(runs["scan"](**drawn.arguments), runs["reference"](**drawn.arguments), 0)
+
+
 def test_auto_is_the_scan_on_a_cpu_and_pallas_is_not_there():
     found, wanted = (linear_attention(**arrays(implementation=name)) for name in ("auto", "scan"))
     assert_close(found, wanted, 0)
