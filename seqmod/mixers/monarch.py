@@ -13,12 +13,12 @@ Column j1 b + j0 of M is the polynomial l_{j0}(Z) r_{j0, j1}(Z^b) at the N-th ro
 j0 and j1, degrees at most b - 1 and, for the columns in use, b / 2 - 1. So M = F Q, with the Fourier matrix F and lower
 triangular coefficients Q, and k u = Q^-1 (Q k conv Q u). Q is itself a real Monarch matrix, but for the order of its
 outputs: Q[k b + m, j1 b + j0] = l_{j0}[m] r_{j0, j1}[k]. It is applied, and inverted, by its triangular blocks: that is
-what is computed here, without complex numbers. Q = I is the causal long convolution; any other Q is no convolution.
+what is computed here, without complex numbers. Q = I is the causal long convolution.
 The causal model of the paper has no published code; this construction has the paper's form of M, and one l for all i0.
 
-Below 128 steps convolutions are products with a matrix, and causal to the last bit; above they use FFTs, whose rounding
-lets about 1e-7 of the largest value through. The step form keeps all inputs and runs the parallel form on them, since
-Q^-1 T(Q k) Q has no low rank that a smaller state could use.
+Below 128 steps, of whole blocks, convolutions are products with a matrix, and causal to the last bit; above they use
+FFTs, whose rounding lets less than 1e-6 of the largest value through. The step form keeps all inputs and runs the
+parallel form on them, since Q^-1 T(Q k) Q has no low rank that a smaller state could use.
 """
 
 import itertools

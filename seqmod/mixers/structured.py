@@ -187,8 +187,11 @@ def _vandermonde(params, config: StructuredConfig, q_BLHK, k_BLHK, position_BL) 
 def _cauchy(params, config: StructuredConfig, q_BLHK, k_BLHK, position_BL) -> jax.Array:
     shift = _FLOOR + (2 * jnp.exp(params["log_bias"]) if config.data_dependent else 0.0)
     # Where exp would come near the end of float32, the fraction is zero to all its digits.
-    q_BHLK, k_BHLK = (jnp.swapaxes(jnp.exp(jnp.minimum(each, 80.0)), 1, 2) for each in (q_BLHK, k_BLHK))
-    return (1 / (q_BHLK[:, :, :, None] + k_BHLK[:, :, None] + shift)).sum(-1)
+    q_KBHL, k_KBHL = (jnp.einsum("BLHK->KBHL", jnp.exp(jnp.minimum(each, 80.0))) for each in (q_BLHK, k_BLHK))
+    # One by one: the gradient of a sum over all d would hold L x L x d numbers.
+    fraction = jax.checkpoint(lambda q_BHL, k_BHL: 1 / (q_BHL[..., None] + k_BHL[:, :, None] + shift))
+    m_BHLL = fraction(q_KBHL[0], k_KBHL[0])
+    return jax.lax.scan(lambda m, qk: (m + fraction(*qk), None), m_BHLL, (q_KBHL[1:], k_KBHL[1:]))[0]
 
 
 def _low_rank(params, config: StructuredConfig, q_BLHK, k_BLHK, position_BL) -> jax.Array:
