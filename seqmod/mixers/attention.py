@@ -120,12 +120,13 @@ class AttentionState(NamedTuple):
 def init(key: jax.Array, config: AttentionConfig) -> Params:
     """Parameters: `q` (D, H, K), `k`, `v` (D, G, K), `out` (H, K, D), and as configured `bias` (buckets, H), `q_bias`,
     `k_bias`, `v_bias`, `out_bias`, and the gains `q_norm`, `k_norm` (K,)."""
-    k_q, k_k, k_v, k_out, k_bias = jax.random.split(key, 5)
+    k_qkv, k_out, k_bias = jax.random.split(key, 3)
     D, H, G, K, scale = config.width, config.heads, config.kv_heads, config.head_dim, config.init_scale
+    qkv_DHK = scaled_normal(k_qkv, (D, H + 2 * G, K), D, scale)
     params = {
-        "q": scaled_normal(k_q, (D, H, K), D, scale),
-        "k": scaled_normal(k_k, (D, G, K), D, scale),
-        "v": scaled_normal(k_v, (D, G, K), D, scale),
+        "q": qkv_DHK[:, :H],
+        "k": qkv_DHK[:, H : H + G],
+        "v": qkv_DHK[:, H + G :],
         "out": scaled_normal(k_out, (H, K, D), H * K, scale),
     }
     if config.position == "t5":
