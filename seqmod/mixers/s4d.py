@@ -103,7 +103,9 @@ def _powers(log_a_DN: jax.Array, exponents_C: jax.Array) -> jax.Array:
 
 def _kernel(log_a_DN: jax.Array, b_DN: jax.Array, C_DN: jax.Array, length: int) -> jax.Array:
     """K_l (length, D)."""
-    return 2 * (_powers(log_a_DN, jnp.arange(length)) * (C_DN * b_DN)[None]).sum(-1).real
+    # The real part as a product of pairs, which XLA does not repeat for every entry of a Toeplitz matrix.
+    powers_LDN2 = to_pairs(_powers(log_a_DN, jnp.arange(length)))
+    return jnp.einsum("LDNR,DNR->LD", powers_LDN2, to_pairs(jnp.conj(2 * C_DN * b_DN)))
 
 
 def _causal_toeplitz(kernel_LD: jax.Array) -> jax.Array:
