@@ -17,14 +17,14 @@ AUTO: dict[str, tuple[str, ...]] = {
     "gpu": ("chunked", "reference"),
     "tpu": ("chunked", "reference"),
 }
-# Bytes of state up to which a scan over tokens is ahead of chunks on a CPU.
-SCANNED_BYTES = 256 * 1024
+# Bytes of state up to which an op's scan over tokens is ahead of its chunks on a CPU.
+SCANNED_BYTES = {"linear_attention": 128 * 1024, "delta_rule": 256 * 1024}
 PALLAS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}
 
 
-def auto_for(state_bytes: int) -> Mapping[str, Sequence[str]]:
-    """The order of `auto` for a state of that size: a `scan` only where the state stays in a core's cache."""
-    return AUTO if state_bytes <= SCANNED_BYTES else AUTO | {"cpu": AUTO["cpu"][1:]}
+def auto_for(op: str, state_bytes: int) -> Mapping[str, Sequence[str]]:
+    """The order of `auto` for an op with a state of that size: a `scan` only where it stays in a core's cache."""
+    return AUTO if state_bytes <= SCANNED_BYTES[op] else AUTO | {"cpu": AUTO["cpu"][1:]}
 
 
 def select[Implementation](

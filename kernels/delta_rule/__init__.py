@@ -103,7 +103,7 @@ def delta_rule(
         "pallas_gpu": partial(delta_rule_gpu, interpret=interpret),
     }
     refused = refuse_float64(dtype) | refuse_old_gpu(interpret) | refuse(heads // H, K)
-    auto = auto_for(4 * B * H * K * V)
+    auto = auto_for(op, 4 * B * H * K * V)
     run = select(op, implementation, available, refused=refused, auto=auto)
     if initial_state_BHKV is None:
         initial_state_BHKV = jnp.zeros((B, H, K, V), dtype)

@@ -3,7 +3,7 @@
 The forward pass is a scan over chunks that keeps the state that enters each, nothing else. The backward pass takes the
 chunks from the last to the first, recomputes one at a time and pulls the cotangents of its outputs and of the state
 that leaves it back through it. Memory is L H K V / chunk for the kept states and about H chunk (chunk + K + V) for the
-chunk at hand, against L H K V for autodiff through the scan over tokens.
+chunk at hand, against L H K V for autodiff through the scan over tokens. `split` and `join` are for kernels.
 """
 
 import jax
@@ -25,12 +25,20 @@ def delta_rule_chunked(
     blocks: DeltaRuleBlocks,
 ) -> tuple[jax.Array, jax.Array]:
     """o_BLHRV for R queries that share a state, and the final state, cleared before each step of `starts_BL`."""
-    L, R = q_BLHRK.shape[1], q_BLHRK.shape[3]
-    tokens, run = split(q_BLHRK, k_BLHK, v_BLHV, beta_BLH, log_decay_BLH, starts_BL, blocks.chunk)
-    # Chunks lead, since they are scanned over.
-    tokens, run = jax.tree.map(lambda x: jnp.moveaxis(x, 2 if x.ndim == 5 else 1, 0), (tokens, run))
-    o, state_BHKV = _scan(tokens, run, state_BHKV)
-    return join(jnp.moveaxis(o, 0, 2), L, R), state_BHKV
+
+    def cut(x: jax.Array | None) -> jax.Array | None:
+        """(B, L, ...) to (chunks, B, C, ...): chunks lead, since they are scanned over."""
+        if x is None:
+            return None
+        x = pad_length(x, blocks.chunk)
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, blocks.chunk, *x.shape[2:]), 1, 0)
+
+    tokens = tuple(map(cut, (q_BLHRK, k_BLHK, v_BLHV, beta_BLH, log_decay_BLH)))
+    starts = pad_length(starts_BL, blocks.chunk)
+    run = jnp.cumsum(starts.reshape(starts.shape[0], -1, 1, blocks.chunk), -1, dtype=jnp.int32)
+    o, state_BHKV = _scan(tokens, jnp.moveaxis(run, 1, 0), state_BHKV)
+    o = jnp.moveaxis(o, 0, 1)
+    return o.reshape(o.shape[0], -1, *o.shape[3:])[:, : q_BLHRK.shape[1]], state_BHKV
 
 
 def split(q_BLHRK, k_BLHK, v_BLHV, beta_BLH, log_decay_BLH, starts_BL, chunk):
@@ -63,13 +71,21 @@ def join(o: jax.Array, L: int, R: int) -> jax.Array:
 
 
 def _chunk(S_BHKV, tokens, run):
-    """`run_chunk` over heads and batch; heads share the runs."""
+    """`run_chunk` over heads and batch, which share the runs: o (B, C, H, R, V).
+
+    Heads come before steps here, chunk by chunk, so that no second copy of the inputs is kept.
+    """
+    q_BCHRK, k_BCHK, v_BCHV, *rest = tokens
+    B, C, H, R, K = q_BCHRK.shape
+    q = jnp.moveaxis(q_BCHRK, 1, 3).reshape(B, H, R * C, K)
+    k, v = (jnp.swapaxes(x, 1, 2) for x in (k_BCHK, v_BCHV))
+    rows = (None if x is None else jnp.swapaxes(x, 1, 2)[:, :, None] for x in rest)
 
     def one(S_KV, token, run_1C):
-        q, k, v, beta, log_decay = token
-        return run_chunk(S_KV, q, k, v, beta, log_decay, run_1C)
+        return run_chunk(S_KV, *token, run_1C)
 
-    return jax.vmap(jax.vmap(one, in_axes=(0, 0, None)))(S_BHKV, tokens, run)
+    after_BHKV, o = jax.vmap(jax.vmap(one, in_axes=(0, 0, None)))(S_BHKV, (q, k, v, *rows), run)
+    return after_BHKV, jnp.moveaxis(o.reshape(B, H, R, C, -1), 3, 1)
 
 
 @jax.custom_vjp

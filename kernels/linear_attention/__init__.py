@@ -195,7 +195,7 @@ def _read(
     refused = {name: reason for name, reason in refused.items() if reason}
     refused |= refuse_float64(dtype) | refuse_old_gpu(interpret)
     # With decays per channel, chunks have pairwise decays to form, and the scan is ahead at any size.
-    auto = auto_for(0 if rank == 4 else 4 * B * H * K * columns)
+    auto = auto_for(op, 0 if rank == 4 else 4 * B * H * K * columns)
     run = select(op, implementation, available, refused=refused, auto=auto)
 
     if initial_state_BHKV is None:
@@ -212,7 +212,11 @@ def _read(
 
 def _check_decay(op: str, log_decay: jax.Array, axes: str, shape: tuple[int, ...]) -> None:
     check_array(op, "log_decay", log_decay, axes, shape)
-    if not isinstance(log_decay, Tracer) and log_decay.size and (largest := log_decay.max()) > 0:
+    if isinstance(log_decay, Tracer) or not log_decay.size:
+        return
+    with jax.ensure_compile_time_eval():  # a constant may be given inside of a jit
+        largest = float(log_decay.max())
+    if largest > 0:
         raise ValueError(f"{op}: log_decay has a positive entry, {largest}, expected none above 0")
 
 

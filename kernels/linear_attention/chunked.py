@@ -200,8 +200,8 @@ def _unfold(array: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.A
 
 
 def _turn(chunks: int, state_bytes: int) -> int:
-    """Chunks in a turn, so that the last turn is almost full. No more than a quarter of all, to bound memory."""
-    most = max(1, min(TURN, chunks // 4, TURN_BYTES // state_bytes))
+    """Chunks in a turn, so that the last turn is almost full."""
+    most = max(1, min(TURN, chunks, TURN_BYTES // state_bytes))
     return -(-chunks // -(-chunks // most))
 
 

@@ -34,13 +34,10 @@ def test_auto_runs_no_kernel_that_was_never_timed(monkeypatch, platform):
 
 def test_auto_scans_over_tokens_on_a_cpu_while_the_state_is_small(monkeypatch):
     names = {name: name for name in ("scan", *ALL)}
-    for platform, state_bytes, name in (
-        ("cpu", SCANNED_BYTES, "scan"),
-        ("cpu", SCANNED_BYTES + 4, "chunked"),
-        ("gpu", 4, "chunked"),
-    ):
-        on(monkeypatch, platform)
-        assert select("op", "auto", names, auto=auto_for(state_bytes)) == name
+    for op, most in SCANNED_BYTES.items():
+        for platform, state_bytes, name in (("cpu", most, "scan"), ("cpu", most + 4, "chunked"), ("gpu", 4, "chunked")):
+            on(monkeypatch, platform)
+            assert select(op, "auto", names, auto=auto_for(op, state_bytes)) == name
 
 
 def test_auto_passes_over_what_is_refused_or_not_there(monkeypatch):

@@ -110,16 +110,21 @@ def test_decays_per_channel_of_one_channel_are_those_per_head(implementation):
 @pytest.mark.parametrize("case", ["constant", "reverse", "channel"])
 @pytest.mark.parametrize("implementation", ["chunked", "scan"])
 def test_chunks_in_one_turn(implementation, case):
-    """Thirteen chunks in turns of three: the last turn has one that is not whole, and two that are empty."""
-    drawn = draw(ATTENTION, case, 37)
+    """Nineteen chunks in turns of seven: the last turn has one that is not whole, and two that are empty."""
+    drawn = draw(ATTENTION, case, 55)
     found = compute(ATTENTION, implementation, drawn, blocks=LinearAttentionBlocks(3, 3))
     assert_close(found, exact(ATTENTION, drawn), 2e-6)
 
 
-def test_long_scans_go_by_chunks_where_gradients_are_asked_for():
-    """Without gradients, and with decays per channel, they are the scan over tokens."""
-    for case, other in (("full", "chunked"), ("channel", "reference")):
-        drawn = draw(ATTENTION, case, 1024, B=1, H=2, G=1)
+def test_scans_go_by_chunks_where_gradients_are_asked_for():
+    """Without gradients, shorter than a chunk, and with decays per channel, they are the scan over tokens."""
+    chunk = ATTENTION.blocks["scan"].chunk
+    for case, L, other in (
+        ("full", chunk, "chunked"),
+        ("full", chunk - 1, "reference"),
+        ("channel", chunk, "reference"),
+    ):
+        drawn = draw(ATTENTION, case, L)
         found = compute(ATTENTION, "scan", drawn)
         assert_close(found, exact(ATTENTION, drawn), 2e-6)
         options = drawn.options | {"blocks": ATTENTION.blocks["scan"]}
@@ -256,6 +261,17 @@ def arrays(**change):
 def test_bad_arguments_are_named(change, words):
     with pytest.raises(ValueError, match="linear_attention: " + words):
         linear_attention(**arrays(**change))
+
+
+def test_log_decays_that_are_constants_of_a_jit_are_looked_at():
+    """As the fixed decays of a retention layer are."""
+    given = {name: jnp.asarray(array) for name, array in arrays(log_decay=np.full((6,), -0.5, np.float32)).items()}
+    q, g = given.pop("q_BLHK"), given.pop("log_decay")
+    wanted = linear_attention(q, log_decay=g, **given)
+    assert_close(jax.jit(lambda q: linear_attention(q, log_decay=g, **given))(q), wanted, 2e-6)
+    growing = -g
+    with pytest.raises(ValueError, match=r"log_decay has a positive entry, 0\.5"):
+        jax.jit(lambda q: linear_attention(q, log_decay=growing, **given))(q)
 
 
 @pytest.mark.parametrize("sizes", [{"chunk": 0}, {"channel_chunk": -8}, {"chunk": 257}])
