@@ -75,16 +75,17 @@ def _chunk(S_BHKV, tokens, run):
 
     Heads come before steps here, chunk by chunk, so that no second copy of the inputs is kept.
     """
-    q_BCHRK, k_BCHK, v_BCHV, *rest = tokens
+    q_BCHRK, k_BCHK, v_BCHV, *numbers = tokens
     B, C, H, R, K = q_BCHRK.shape
-    q = jnp.moveaxis(q_BCHRK, 1, 3).reshape(B, H, R * C, K)
-    k, v = (jnp.swapaxes(x, 1, 2) for x in (k_BCHK, v_BCHV))
-    rows = (None if x is None else jnp.swapaxes(x, 1, 2)[:, :, None] for x in rest)
+    q_BHCK = jnp.moveaxis(q_BCHRK, 1, 3).reshape(B, H, R * C, K)
+    k_BHCK, v_BHCV = (jnp.swapaxes(x, 1, 2) for x in (k_BCHK, v_BCHV))
+    rows_BH1C = (None if x is None else jnp.swapaxes(x, 1, 2)[:, :, None] for x in numbers)
 
     def one(S_KV, token, run_1C):
-        return run_chunk(S_KV, *token, run_1C)
+        q, k, v, beta, log_decay = token
+        return run_chunk(S_KV, q, k, v, beta, log_decay, run_1C)
 
-    after_BHKV, o = jax.vmap(jax.vmap(one, in_axes=(0, 0, None)))(S_BHKV, (q, k, v, *rows), run)
+    after_BHKV, o = jax.vmap(jax.vmap(one, in_axes=(0, 0, None)))(S_BHKV, (q_BHCK, k_BHCK, v_BHCV, *rows_BH1C), run)
     return after_BHKV, jnp.moveaxis(o.reshape(B, H, R, C, -1), 3, 1)
 
 
