@@ -8,7 +8,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from seqmod.mixers.base import same_segment, segment_runs
+from seqmod.mixers.base import segment_runs
+from seqmod.rows import map_rows
+
+# Sequences longer than this attend by so many queries at a time, whose scores are computed again for the gradient.
+LONG, ROWS = 1024, 128
 
 Bias = Callable[[jax.Array], jax.Array]
 
@@ -77,13 +81,22 @@ def attend_self(
         return _attend_in_blocks(
             q_BLHK, k_BLGK, v_BLGK, segment_ids, causal=causal, scale=scale, window=window, bias=bias, soft_cap=soft_cap
         )
-    distance_LL = jnp.arange(L)[:, None] - jnp.arange(L)[None]
-    mask_BLL = visible(distance_LL, causal, window)[None] if causal or window is not None else None
-    if segment_ids is not None:
-        same_BLL = same_segment(segment_ids)
-        mask_BLL = same_BLL if mask_BLL is None else mask_BLL & same_BLL
-    bias_HLL = None if bias is None else bias(distance_LL)
-    return attend(q_BLHK, k_BLGK, v_BLGK, bias_HLL, mask_BLL, scale=scale, soft_cap=soft_cap)
+    runs_BL = None if segment_ids is None else segment_runs(segment_ids)
+
+    def some(rows: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        """Attention of C queries to all keys."""
+        q_BCHK, step_1C, runs_BC = rows
+        distance_CL = step_1C[0][:, None] - jnp.arange(L)[None]
+        mask_BCL = visible(distance_CL, causal, window)[None] if causal or window is not None else None
+        if runs_BL is not None and runs_BC is not None:
+            same_BCL = runs_BC[:, :, None] == runs_BL[:, None]
+            mask_BCL = same_BCL if mask_BCL is None else mask_BCL & same_BCL
+        bias_HCL = None if bias is None else bias(distance_CL)
+        return attend(q_BCHK, k_BLGK, v_BLGK, bias_HCL, mask_BCL, scale=scale, soft_cap=soft_cap)
+
+    rows = q_BLHK, jnp.arange(L)[None], runs_BL
+    # Past some length the scores of all queries at once are what fills the memory.
+    return some(rows) if L <= LONG else map_rows(some, rows, ROWS)
 
 
 def visible(distance: jax.Array, causal: bool, window: int | None) -> jax.Array:

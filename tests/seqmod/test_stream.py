@@ -85,10 +85,10 @@ def temporary(function, *arguments) -> int:
     return jax.jit(jax.grad(function)).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("mixer", ["rglru", "attention"])
+@pytest.mark.parametrize("mixer", ["attention", "rglru", "mamba"])
 def test_memory_at_length_8192(mixer):
     """Peak temporary memory of the gradient, as the compiler plans it: nothing is run."""
-    length, vocabulary = 8192, 1024
+    length, vocabulary = 8192, 4096
     config = BackboneConfig(
         vocabulary=vocabulary,
         heads=(("token", vocabulary),),
@@ -111,7 +111,7 @@ def test_memory_at_length_8192(mixer):
     by_layer = temporary(lambda p, t: whole(p, t, replace(config, remat=True)), params, tokens)
     streamed = temporary(lambda p, t: stream_loss(p, config, t, t, nll, chunk=512), params, tokens)
     assert plainly > 2.8 * streamed
-    assert by_layer > 1.2 * streamed
+    assert by_layer > 1.5 * streamed
 
 
 # Rows

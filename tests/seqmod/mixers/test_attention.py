@@ -320,3 +320,24 @@ def test_attention_that_is_not_causal_has_no_steps():
 def test_attention_needs_heads_that_divide_the_width():
     with pytest.raises(ValueError, match="width 15 is not divisible by heads 4"):
         MIXERS["attention"].config(15, 4)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_long_sequence_attends_by_rows(monkeypatch, random_params, causal):
+    """Outputs and gradients are those of all queries at once, for lengths that rows do and do not divide."""
+    config = AttentionConfig(width=6, heads=3, head_dim=2, groups=1, causal=causal, buckets=8, max_distance=9)
+    params = random_params(attention.init, config)
+    ids_BL = jnp.asarray(np.repeat([[1, 2, 1], [4, 4, 5]], (11, 3, 9), axis=1))
+
+    def both(length):
+        def loss(params, x_BLD):
+            y_BLD = attention.apply(params, config, x_BLD, ids_BL[:, :length])
+            return jnp.square(y_BLD).sum(), y_BLD
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, sequence(2, length, 6))
+
+    expected = {length: both(length) for length in (20, 23)}
+    monkeypatch.setattr(dot_product, "LONG", 10)
+    monkeypatch.setattr(dot_product, "ROWS", 5)
+    for length, whole in expected.items():
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), both(length), whole)
