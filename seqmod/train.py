@@ -20,7 +20,10 @@ from jax.typing import ArrayLike
 from seqmod import checkpoint
 
 # Parameters that weight decay leaves alone, by the last name of their path: biases, gains, decays, step sizes, skips.
-_UNDECAYED = ("bias", "norm", "gain", "decay", "A_log", "D", "dt", "nu", "theta", "gamma", "skip", "scale", "fixed")
+_UNDECAYED = (
+    *("bias", "norm", "gain", "scale", "skip", "direct", "D", "fixed"),
+    *("decay", "A_log", "dt", "rate", "nu", "theta", "gamma", "frequency"),
+)
 Decayed = Literal["all", "matrices"]
 
 

@@ -143,7 +143,9 @@ def test_the_linen_module_is_the_pure_function(params):
     shapes = jax.eval_shape(module.init, jax.random.key(0), X_BLF)["params"]["backbone"]
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params)
     edits = [Edit(2, "add", normal(3, D))]
-    assert_equal(jax.jit(module.apply)({"params": {"backbone": params}}, X_BLF, edits=edits), apply(params, X_BLF, edits))
+    assert_equal(
+        jax.jit(module.apply)({"params": {"backbone": params}}, X_BLF, edits=edits), apply(params, X_BLF, edits)
+    )
 
 
 # Operators, against their formulas
