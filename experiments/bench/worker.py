@@ -28,6 +28,8 @@ MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(2**28),
+    # Threads' arenas end at 64 MiB: larger buffers are fresh pages in any case, but large ones, so that few are.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 Request = dict[str, Any]
 
