@@ -57,6 +57,7 @@ class AttentionConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
+    qk_norm_epsilon: float = 1e-6
     soft_cap: float | None = None
     scale: float | None = None
     init_scale: float = 1.0
@@ -147,7 +148,7 @@ def _heads(name: str, params: Params, config: AttentionConfig, x: jax.Array, pos
         bias = params[f"{name}_bias"].astype(y.dtype)
         y = y + bias.reshape((1,) * (y.ndim - 2) + bias.shape)
     if config.qk_norm and name != "v":
-        y = rms_norm(params[f"{name}_norm"], y)
+        y = rms_norm(params[f"{name}_norm"], y, config.qk_norm_epsilon)
     if config.position == "rope" and name != "v" and position is not None:
         y = rotate(y, position, config.rope_base, config.rope_channels)
     return y
