@@ -21,7 +21,7 @@ ARRAYS = {"jax", "chex", "numpy"}
 MODELS = ARRAYS | {"flax", "optax", "orbax"}
 OUTSIDE = {  # third-party packages that a layer may import
     "kernels": ARRAYS,
-    "seqmod": MODELS,
+    "seqmod": MODELS | {"safetensors"},
     "rl": MODELS | {"matplotlib", "PIL"},
     "rl/envs": MODELS | {"matplotlib", "PIL", "gymnax", "brax", "mujoco"},
     "experiments": MODELS | {"matplotlib", "PIL", "rich", "tyro"},
