@@ -110,7 +110,7 @@ def losses(model: BackboneConfig, params: Any, batch: Batch) -> dict[str, jax.Ar
 
 def learn(run: RunDirectory, config: Config, mixer: str, causal: bool) -> dict[str, Any]:
     """Train a mixer on all tasks side by side, each from every seed; regrets by task, and what it cost."""
-    stage = mixer if causal else f"{mixer} bidirectional"
+    stage = mixer if causal else f"{mixer}-bidirectional"
     tasks = list(CAUSAL if causal else BIDIRECTIONAL)
     if run.is_done(stage):
         return run.stage_results(stage)[0]

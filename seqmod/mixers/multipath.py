@@ -35,6 +35,11 @@ class MultipathConfig:
         if not self.paths or not set(self.paths) <= set(get_args(Path)):
             raise ValueError(f"MultipathConfig: paths are {self.paths}, expected some of {get_args(Path)}")
 
+    @property
+    def width(self) -> int:
+        """D in and out."""
+        return self.mamba.width
+
 
 def init(key: jax.Array, config: MultipathConfig) -> Params:
     """Parameters: those of `mamba`, and with gates `gate` (P, D, P)."""
