@@ -31,14 +31,14 @@ class Config:
     mixers: tuple[str, ...] = tuple(MIXERS)
     """Those of MIXERS; each is run in every direction it has."""
     layers: int = 2
-    width: int = 64
+    width: int = 32
     heads: int = 4
-    mlp: int = 128
-    length: int = 64
+    mlp: int = 64
+    length: int = 48
     seeds: int = 1
     seed: int = 0
     optimiser: AdamWConfig = AdamWConfig(
-        learning_rate=3e-3, weight_decay=0.0, steps=600, batch=32, warmup=50, schedule="cosine"
+        learning_rate=3e-3, weight_decay=0.0, steps=400, batch=32, warmup=40, schedule="cosine"
     )
     chunk: int = 50
     """Steps in one compiled program."""

@@ -28,7 +28,7 @@ def read(path: str | Path, options: Options | None = None) -> tuple[Options, Arr
         config = path / "config.json"
         if not config.is_file():
             raise ValueError(f"load: {path} has no config.json, expected one, or options")
-        options = json.loads(config.read_text(encoding="utf-8"))
+        options = dict(json.loads(config.read_text(encoding="utf-8")))
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if whole.is_file():
         return options, load_file(whole)

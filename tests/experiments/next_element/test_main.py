@@ -43,7 +43,7 @@ def test_the_ideal_observer_has_no_regret(causal, monkeypatch):
 def test_bad_settings_are_refused(capsys):
     for arguments, message in (
         (["--mixers", "mamba3"], "mixer 'mamba3' is unknown"),
-        (["--chunk", "7"], "chunk is 7, expected a divisor of 600 steps"),
+        (["--chunk", "7"], "chunk is 7, expected a divisor of 400 steps"),
     ):
         with pytest.raises(SystemExit):
             next_element.main(arguments)
