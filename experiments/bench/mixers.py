@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +101,17 @@ def measure(
 
 def _run(row: Row, mixer: Mixer, config: Any, function, shapes, repeats: int, most_bytes: float) -> Row:
     compiled = jax.jit(function).lower(*shapes).compile()
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    base = asdict(row) | {"temporary": temporary}
-    if temporary > most_bytes:
-        return Row(**base | {"reason": f"needs {temporary / 2**30:.1f} GiB at length {row.length}"})
+    analysis = compiled.memory_analysis()
+    assert analysis is not None  # XLA has one on every platform
+    row = replace(row, temporary=analysis.temp_size_in_bytes)
+    if analysis.temp_size_in_bytes > most_bytes:
+        return replace(row, reason=f"needs {analysis.temp_size_in_bytes / 2**30:.1f} GiB at length {row.length}")
     k_params, k_x = jax.random.split(jax.random.key(0))
     _, x_shape, *rest = shapes
     arguments = [jax.jit(mixer.init, static_argnums=1)(k_params, config), jax.random.normal(k_x, x_shape.shape)]
     # A step's time does not depend on what is in the state, but the state has the size of the whole sequence.
     arguments += [jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state) for state in rest]
-    return Row(**base | {"seconds": timed(lambda: compiled(*arguments), repeats)})
+    return replace(row, seconds=timed(lambda: compiled(*arguments), repeats))
 
 
 def exponent(rows: Sequence[Row], of: str = "seconds") -> float | None:

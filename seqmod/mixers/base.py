@@ -89,8 +89,9 @@ def apply_mixer(
     """
     if mixer.packs:
         # A context is masked by its own segments, which are compared with those of the queries as they are.
-        plain = mask_BL is None or context is not None
-        segments = segment_ids if plain else isolate_padding(segment_ids, mask_BL)
+        segments = segment_ids
+        if mask_BL is not None and context is None:
+            segments = isolate_padding(segment_ids, mask_BL)
     elif segment_ids is not None:
         raise ValueError(
             f"{mixer.kind.__name__}: segment_ids are given, but this mixer cannot keep packed sequences apart: "

@@ -14,7 +14,7 @@ from seqmod.rows import map_rows
 # Sequences longer than this attend by so many queries at a time, whose scores are computed again for the gradient.
 LONG, ROWS = 1024, 128
 
-Bias = Callable[[jax.Array], jax.Array]
+Bias = Callable[[jax.Array], jax.Array | None]
 
 
 def attend(
