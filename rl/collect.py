@@ -1,0 +1,99 @@
+"""Rollouts of a policy in many environments at once, for algorithms that learn from what they have just seen."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rl import vector
+from rl.networks import Network, reset_memory
+from rl.vector import Environment, Envs, Outcome
+
+
+class Rollout(NamedTuple):
+    """T steps of E environments: what the network saw, `obs_TE` and `first_TE` (whether an episode begins there), from
+    `memory` before the first step; `action_TE` as the policy drew it, `log_prob_TE`, `value_TE`; `next_value_TE` of
+    what each step led to, before any reset; and the environments' `outcome`."""
+
+    obs_TE: jax.Array
+    first_TE: jax.Array
+    memory: Any
+    action_TE: jax.Array
+    log_prob_TE: jax.Array
+    value_TE: jax.Array
+    next_value_TE: jax.Array
+    outcome: Outcome
+
+
+def collect(
+    key: jax.Array,
+    network: Network,
+    params: Any,
+    envs: Envs,
+    memory: Any,
+    env: Environment,
+    env_params: Any,
+    steps: int,
+    *,
+    to_env: Callable[[jax.Array], jax.Array] = lambda action: action,
+    see: Callable[[Any], Any] = lambda obs: obs,
+    params_axis: int | None = None,
+    resets: int | None = None,
+) -> tuple[Rollout, Envs, Any]:
+    """Act for `steps` steps with an actor-critic whose outputs are (policy, value). Returns (rollout, envs, memory).
+
+    `to_env` turns an action of the policy into one of the environment, `see` an observation into what the network gets
+    (normalised, for instance).
+
+    The value of an episode's final observation matters only where it was truncated; it is computed only if some was.
+    """
+    count = len(envs.return_E)
+    k_env, k_act = jax.random.split(key)
+    # All at once: on a CPU a random key drawn in a loop costs more than a small network.
+    keys_TE = jax.random.split(k_env, (steps, count))
+    before = memory
+
+    def one(carry: tuple[Envs, Any], x: tuple[jax.Array, jax.Array]):
+        (envs, memory), (k_E, k_step) = carry, x
+        obs, first_E = see(envs.obs), envs.first_E
+        (policy, value_E), memory = network.step(params, obs, reset_memory(network, memory, first_E))
+        action = policy.sample(k_step)
+        envs, outcome = vector.step(k_E, envs, to_env(action), env, env_params, params_axis=params_axis, resets=resets)
+        record = (obs, first_E, action, policy.log_prob(action), value_E, outcome)
+        if network.recurrent:
+            # Its memory is there only now.
+            final_E = if_any(
+                outcome.truncated_E,
+                lambda: network.step(params, see(outcome.final_obs), memory)[0][1],
+                jnp.zeros_like(value_E),
+            )
+            return (envs, memory), (record, final_E)
+        return (envs, memory), (record, None)
+
+    (envs, memory), (record, final_TE) = jax.lax.scan(one, (envs, memory), (keys_TE, jax.random.split(k_act, steps)))
+    obs_TE, first_TE, action_TE, log_prob_TE, value_TE, outcome = record
+    (_, last_value_E), _ = network.step(params, see(envs.obs), reset_memory(network, memory, envs.first_E))
+    next_value_TE = jnp.concatenate([value_TE[1:], last_value_E[None]])
+    if not network.recurrent:
+        final_TE = if_any(
+            outcome.truncated_E,
+            lambda: network.step(params, see(outcome.final_obs), memory)[0][1],
+            jnp.zeros_like(value_TE),
+        )
+    next_value_TE = jnp.where(outcome.truncated_E, final_TE, next_value_TE)
+    return (
+        Rollout(obs_TE, first_TE, before, action_TE, log_prob_TE, value_TE, next_value_TE, outcome),
+        envs,
+        memory,
+    )
+
+
+def if_any(flags: jax.Array, compute: Callable[[], Any], otherwise: Any) -> Any:
+    """`compute()` if any flag is set, else `otherwise`, of the same shapes. Unlike `lax.cond`, which becomes a select,
+    it still spares the computation under `vmap`, when no flag of the whole batch is set."""
+
+    def body(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return jnp.zeros((), bool), compute()
+
+    return jax.lax.while_loop(lambda carry: carry[0], body, (flags.any(), otherwise))[1]

@@ -1,0 +1,265 @@
+"""Networks of the algorithms: a torso (MLP, CNN, or any causal sequence model as a memory) and heads.
+
+A network is three functions of arrays, and works for any number of leading axes that its memory has:
+
+    params = init(key);   memory = init_memory(B);   outputs, memory = step(params, obs_B, memory)
+
+Without memory (), `step` may be given any leading axes at once. `unroll` runs a network over a rollout, resetting the
+memory where episodes begin.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rl.policies import Categorical, Gaussian, Policy
+from seqmod import backbone
+from seqmod.config import BackboneConfig
+
+Params = Any
+Activation = Literal["tanh", "relu", "silu"]
+_ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "silu": jax.nn.silu}
+
+
+class Network(NamedTuple):
+    """`init(key) -> params`, `init_memory(B) -> memory` (leaves (B, ...)), `step(params, obs_B, memory) -> (outputs,
+    memory)`; `recurrent` says whether there is a memory."""
+
+    init: Callable[[jax.Array], Params]
+    init_memory: Callable[[int], Any]
+    step: Callable[[Params, Any, Any], tuple[Any, Any]]
+    recurrent: bool = False
+
+
+def feed_forward(init: Callable[[jax.Array], Params], apply: Callable[[Params, Any], Any]) -> Network:
+    """A network without memory from `apply(params, obs) -> outputs`, which takes any leading axes."""
+    return Network(init, lambda batch: (), lambda params, obs, memory: (apply(params, obs), memory))
+
+
+def _check(name: str, activation: str, **sizes: tuple[int, ...]) -> None:
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"{name}: activation is {activation!r}, expected one of {sorted(_ACTIVATIONS)}")
+    for field, values in sizes.items():
+        if any(value < 1 for value in values):
+            raise ValueError(f"{name}: {field} is {values}, expected positive numbers")
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Hidden layers of an MLP over the flattened observation."""
+
+    hidden: tuple[int, ...] = (64, 64)
+    activation: Activation = "tanh"
+
+    def __post_init__(self) -> None:
+        _check("MLP", self.activation, hidden=self.hidden)
+
+
+@dataclass(frozen=True)
+class CNN:
+    """Convolutions without padding over images (H, W, C), then an MLP; as used for MinAtar (Young and Tian, 2019)."""
+
+    channels: tuple[int, ...] = (16,)
+    kernel: int = 3
+    hidden: tuple[int, ...] = (128,)
+    activation: Activation = "relu"
+
+    def __post_init__(self) -> None:
+        _check("CNN", self.activation, channels=self.channels, hidden=self.hidden, kernel=(self.kernel,))
+        if not self.channels:
+            raise ValueError("CNN: channels is empty, expected at least one layer")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A causal sequence model over the flattened observations of an episode, with an MLP before it.
+
+    Of `backbone`, inputs and heads are set here. Its `context` bounds the episodes that attention can look back on; a
+    recurrence has no bound. In learning the model runs step by step, so its memory in the backward pass is that of
+    a rollout's states: small for a recurrence, a cache for each step for attention.
+    """
+
+    backbone: BackboneConfig = BackboneConfig(inputs=1, mixers=("rglru",), width=64, mlp=128)
+    embed: MLP = MLP((64,), "relu")
+
+
+Torso = MLP | CNN | Memory
+
+
+def init_dense(key: jax.Array, inputs: int, outputs: int, scale: float = math.sqrt(2)) -> Params:
+    """A layer with an orthogonal matrix of the given scale."""
+    return {"kernel": jax.nn.initializers.orthogonal(scale)(key, (inputs, outputs)), "bias": jnp.zeros(outputs)}
+
+
+def dense(params: Params, x: jax.Array) -> jax.Array:
+    """x (..., inputs) to (..., outputs)."""
+    y = jnp.dot(x, params["kernel"])
+    return y + params["bias"].reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def init_mlp(key: jax.Array, config: MLP, inputs: int, outputs: int | None = None, scale: float = 1.0) -> Params:
+    """Hidden layers, then a linear one to `outputs` of the given scale, if any."""
+    sizes = (inputs, *config.hidden)
+    keys = jax.random.split(key, len(sizes))
+    layers = [init_dense(k, a, b) for k, a, b in zip(keys, sizes[:-1], sizes[1:], strict=False)]
+    return layers if outputs is None else [*layers, init_dense(keys[-1], sizes[-1], outputs, scale)]
+
+
+def mlp(params: Params, config: MLP, x: jax.Array) -> jax.Array:
+    """x (..., inputs) to (..., outputs)."""
+    for index, layer in enumerate(params):
+        x = dense(layer, x)
+        if index < len(config.hidden):
+            x = _ACTIVATIONS[config.activation](x)
+    return x
+
+
+def torso(config: Torso, obs_shape: tuple[int, ...]) -> tuple[Network, int]:
+    """A network from observations (..., *obs_shape) to features (..., D), and D."""
+    match config:
+        case MLP():
+            inputs = math.prod(obs_shape)
+            size = config.hidden[-1] if config.hidden else inputs
+            return feed_forward(
+                lambda key: init_mlp(key, config, inputs),
+                lambda params, obs: mlp(params, config, _flat(obs, obs_shape)),
+            ), size
+        case CNN():
+            return _cnn(config, obs_shape)
+        case Memory():
+            return _memory(config, obs_shape)
+
+
+def actor_critic(obs_shape: tuple[int, ...], action_space: Any, config: Torso = MLP(), *, shared: bool = False):
+    """A network whose outputs are (policy, value (...)): a `Policy` over a gymnax Discrete or Box space, for which
+    policy and value have torsos of their own unless `shared`. A memory is always shared."""
+    discrete = is_discrete(action_space)
+    actions = action_space.n if discrete else math.prod(action_space.shape)
+    body, size = torso(config, obs_shape)
+    shared = shared or body.recurrent
+
+    def init(key: jax.Array) -> Params:
+        k_actor, k_critic, k_policy, k_value = jax.random.split(key, 4)
+        params = {
+            "torso": body.init(k_actor),
+            "policy": init_dense(k_policy, size, actions, 0.01),
+            "value": init_dense(k_value, size, 1, 1.0),
+        }
+        if not shared:
+            params["critic"] = body.init(k_critic)
+        if not discrete:
+            params["log_std"] = jnp.zeros(actions)
+        return params
+
+    def step(params: Params, obs: jax.Array, memory: Any) -> tuple[tuple[Policy, jax.Array], Any]:
+        features, memory = body.step(params["torso"], obs, memory)
+        seen = features if shared else body.step(params["critic"], obs, ())[0]
+        value = dense(params["value"], seen)[..., 0]
+        y = dense(params["policy"], features)
+        if discrete:
+            return (Categorical(y), value), memory
+        log_std = jnp.broadcast_to(params["log_std"].reshape((1,) * (y.ndim - 1) + (-1,)), y.shape)
+        return (Gaussian(y, log_std), value), memory
+
+    return Network(init, body.init_memory, step, body.recurrent)
+
+
+def is_discrete(action_space: Any) -> bool:
+    """Whether a gymnax space is Discrete. Raises ValueError for what is neither that nor a Box."""
+    if hasattr(action_space, "n"):
+        return True
+    if hasattr(action_space, "low"):
+        return False
+    raise ValueError(f"action space is {type(action_space).__name__}, expected a Discrete or a Box")
+
+
+def reset_memory(network: Network, memory: Any, first_B: jax.Array) -> Any:
+    """The memory, blank where an episode begins."""
+    if not network.recurrent:
+        return memory
+    blank = network.init_memory(len(first_B))
+    return jax.tree.map(
+        lambda new, old: jnp.where(first_B.reshape(-1, *(1,) * (old.ndim - 1)), new, old), blank, memory
+    )
+
+
+def unroll(network: Network, params: Params, obs_TB: Any, first_TB: jax.Array, memory: Any) -> tuple[Any, Any]:
+    """Outputs (T, B, ...) and the last memory of a rollout whose episodes begin where `first_TB` is true."""
+    if not network.recurrent:
+        return network.step(params, obs_TB, memory)
+
+    def one(memory: Any, x: tuple[Any, jax.Array]):
+        obs_B, first_B = x
+        outputs, memory = network.step(params, obs_B, reset_memory(network, memory, first_B))
+        return memory, outputs
+
+    memory, outputs = jax.lax.scan(one, memory, (obs_TB, first_TB))
+    return outputs, memory
+
+
+def _flat(obs: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    lead = obs.shape[: obs.ndim - len(shape)]
+    return obs.astype(jnp.float32).reshape(*lead, math.prod(shape))
+
+
+def _cnn(config: CNN, obs_shape: tuple[int, ...]) -> tuple[Network, int]:
+    shrink = (config.kernel - 1) * len(config.channels)
+    if len(obs_shape) != 3 or min(obs_shape[:2]) <= shrink:
+        raise ValueError(
+            f"CNN: observations have shape {obs_shape}, expected (H, W, C) with H and W above {shrink} "
+            f"for {len(config.channels)} kernels of {config.kernel}"
+        )
+    inputs = (obs_shape[0] - shrink) * (obs_shape[1] - shrink) * config.channels[-1]
+    head = MLP(config.hidden, config.activation)
+
+    def init(key: jax.Array) -> Params:
+        k_mlp, *keys = jax.random.split(key, len(config.channels) + 1)
+        sizes = (obs_shape[-1], *config.channels)
+        layers = []
+        for k, a, b in zip(keys, sizes[:-1], sizes[1:], strict=True):
+            layer = init_dense(k, config.kernel**2 * a, b)
+            layers.append(layer | {"kernel": layer["kernel"].reshape(config.kernel, config.kernel, a, b)})
+        return {"convolutions": layers, "mlp": init_mlp(k_mlp, head, inputs)}
+
+    def apply(params: Params, obs: jax.Array) -> jax.Array:
+        lead = obs.shape[:-3]
+        x = obs.astype(jnp.float32).reshape(-1, *obs_shape)
+        for layer in params["convolutions"]:
+            x = jax.lax.conv_general_dilated(
+                x, layer["kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            x = _ACTIVATIONS[config.activation](x + layer["bias"].reshape(1, 1, 1, -1))
+        return mlp(params["mlp"], head, x.reshape(*lead, -1))
+
+    return feed_forward(init, apply), config.hidden[-1] if config.hidden else inputs
+
+
+def _memory(config: Memory, obs_shape: tuple[int, ...]) -> tuple[Network, int]:
+    inputs = math.prod(obs_shape)
+    width = config.backbone.width
+    features = config.embed.hidden[-1] if config.embed.hidden else inputs
+    model = replace(config.backbone, inputs=features, vocabulary=0, heads=(("features", width),))
+
+    def init(key: jax.Array) -> Params:
+        k_embed, k_model = jax.random.split(key)
+        return {"embed": init_mlp(k_embed, config.embed, inputs), "model": backbone.init(k_model, model)}
+
+    # Each episode has a state of its own, with its own position where a mixer counts steps: episodes begin apart.
+    def init_memory(batch: int) -> Any:
+        one = backbone.init_state(model, 1, model.context)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), one)
+
+    def step(params: Params, obs_B: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        x_BF = mlp(params["embed"], config.embed, _flat(obs_B, obs_shape))
+
+        def one(x_F: jax.Array, state: Any):
+            outputs, _, state = backbone.step(params["model"], model, x_F[None], state)
+            return jax.nn.relu(outputs["features"][0]), state
+
+        return jax.vmap(one)(x_BF, memory)
+
+    return Network(init, init_memory, step, recurrent=True), width

@@ -1,0 +1,70 @@
+"""Running statistics by which observations and rewards are normalised; they are part of the training state.
+
+All environments share them, wherever they run, and what was normalised by them stays so: a rollout uses those from
+before it. Moments are merged by the parallel formula of Chan, Golub and LeVeque (1983).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Moments(NamedTuple):
+    """The number of `samples`, their `mean` and `variance` (shape of a sample)."""
+
+    samples: jax.Array
+    mean: jax.Array
+    variance: jax.Array
+
+
+def moments(shape: tuple[int, ...]) -> Moments:
+    """Before any sample: mean 0 and variance 1, with next to no weight."""
+    return Moments(jnp.array(1e-4), jnp.zeros(shape), jnp.ones(shape))
+
+
+def update(old: Moments, sample: jax.Array) -> Moments:
+    """With samples (..., *shape) added; all leading axes are samples."""
+    rows = sample.reshape(-1, *old.mean.shape)
+    count = old.samples + len(rows)
+    shift = rows.mean(0) - old.mean
+    spread = (
+        old.variance * old.samples + rows.var(0) * len(rows) + jnp.square(shift) * (old.samples * len(rows) / count)
+    )
+    return Moments(count, old.mean + shift * (len(rows) / count), spread / count)
+
+
+def normalise(by: Moments, x: jax.Array, *, limit: float = 10.0) -> jax.Array:
+    """x (..., *shape) with mean 0 and variance 1, clipped to +-limit."""
+    lead = (1,) * (x.ndim - by.mean.ndim)
+    mean, variance = (m.reshape(*lead, *m.shape) for m in by[1:])
+    return jnp.clip((x - mean) * jax.lax.rsqrt(variance + 1e-8), -limit, limit)
+
+
+class RewardScale(NamedTuple):
+    """Rewards are divided by the standard deviation of discounted returns: their `moments` and `return_E` so far."""
+
+    moments: Moments
+    return_E: jax.Array
+
+
+def reward_scale(environments: int) -> RewardScale:
+    """Before any reward."""
+    return RewardScale(moments(()), jnp.zeros(environments))
+
+
+def scale_rewards(
+    state: RewardScale, reward_TE: jax.Array, done_TE: jax.Array, discount: jax.Array | float, *, limit: float = 10.0
+) -> tuple[jax.Array, RewardScale]:
+    """Rewards (T, E) in units of the returns' standard deviation, clipped to +-limit, and the new state. The mean is
+    left alone: a shifted reward would be another task where episodes may end."""
+
+    def one(return_E: jax.Array, x: tuple[jax.Array, jax.Array]):
+        reward_E, done_E = x
+        return_E = return_E * discount + reward_E
+        return jnp.where(done_E, 0.0, return_E), return_E
+
+    return_E, return_TE = jax.lax.scan(one, state.return_E, (reward_TE, done_TE))
+    new = update(state.moments, return_TE)
+    scaled = jnp.clip(reward_TE * jax.lax.rsqrt(new.variance + 1e-8), -limit, limit)
+    return scaled, RewardScale(new, return_E)

@@ -1,0 +1,85 @@
+"""Distributions over actions, as pytrees with methods: what a policy network gives."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rl.distributions import categorical_log_prob, gaussian_entropy, gaussian_log_prob, gaussian_sample
+
+
+class Categorical(NamedTuple):
+    """Integer actions (...) of `logits` (..., A)."""
+
+    logits: jax.Array
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """An action (...)."""
+        return jax.random.categorical(key, self.logits)
+
+    def mode(self) -> jax.Array:
+        """The likeliest action (...)."""
+        return self.logits.argmax(-1)
+
+    def log_prob(self, action: jax.Array) -> jax.Array:
+        """Log-probability (...) of actions (...)."""
+        return categorical_log_prob(self.logits, action)
+
+    def entropy(self) -> jax.Array:
+        """In nats (...)."""
+        log_prob = jax.nn.log_softmax(self.logits)
+        return -(jnp.exp(log_prob) * log_prob).sum(-1)
+
+
+class Gaussian(NamedTuple):
+    """Actions (..., A) of independent normal distributions with `mean` and `log_std` (..., A).
+
+    They are unbounded; `to_box` makes them actions of an environment.
+    """
+
+    mean: jax.Array
+    log_std: jax.Array
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """An action (..., A)."""
+        return gaussian_sample(key, self.mean, self.log_std)
+
+    def mode(self) -> jax.Array:
+        """The mean (..., A)."""
+        return self.mean
+
+    def log_prob(self, action: jax.Array) -> jax.Array:
+        """Log-density (...) of actions (..., A)."""
+        return gaussian_log_prob(self.mean, self.log_std, action)
+
+    def entropy(self) -> jax.Array:
+        """In nats (...)."""
+        return gaussian_entropy(self.log_std)
+
+
+Policy = Categorical | Gaussian
+
+
+class Bounds(NamedTuple):
+    """A box of actions: `low` and `high`, shape (A,) or that of an action."""
+
+    low: jax.Array
+    high: jax.Array
+
+
+def bounds(space: Any) -> Bounds:
+    """Bounds of a gymnax Box. Raises ValueError for a box that is not finite: policies are scaled to it."""
+    low = jnp.broadcast_to(jnp.asarray(space.low, jnp.float32), space.shape)
+    high = jnp.broadcast_to(jnp.asarray(space.high, jnp.float32), space.shape)
+    if not bool(jnp.isfinite(low).all() & jnp.isfinite(high).all() & (low < high).all()):
+        raise ValueError(f"action space is a Box from {low} to {high}, expected finite bounds, low below high")
+    return Bounds(low, high)
+
+
+def to_box(box: Bounds, action: jax.Array) -> jax.Array:
+    """Unbounded actions (..., *shape), for which -1 and 1 are the bounds, as actions of the environment; beyond the
+    bounds they are clipped, and their density is still that of the unbounded action, as in most implementations of PPO
+    (Huang et al., "The 37 implementation details of PPO", 2022)."""
+    lead = (1,) * (action.ndim - box.low.ndim)
+    low, high = (x.reshape(*lead, *x.shape) for x in box)
+    return low + (jnp.clip(action, -1.0, 1.0) + 1.0) * 0.5 * (high - low)

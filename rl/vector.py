@@ -1,0 +1,134 @@
+"""Many environments stepped together, with an auto-reset that keeps the final observation.
+
+An environment is anything with gymnax 1.x's functions for one episode (`Environment` below): all of gymnax, those of
+`rl.envs`, Brax through `rl.envs.brax_env`. Termination, truncation and resets stay apart: `step` says which happened,
+and gives the observation an episode ended with beside the one the next episode starts from.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class Environment(Protocol):
+    """One episode at a time. `params` are traced, so tasks and physics can be mapped over."""
+
+    def reset_env(self, key: jax.Array, params: Any) -> tuple[Any, Any]:
+        """(obs, state) of a new episode."""
+        ...
+
+    def step_env(self, key: jax.Array, state: Any, action: Any, params: Any) -> tuple[Any, Any, Any, Any, Any]:
+        """(obs, state, reward, terminated, info), without reset."""
+        ...
+
+    def is_truncated(self, state: Any, params: Any) -> jax.Array:
+        """Whether the time limit is reached."""
+        ...
+
+    def action_space(self, params: Any) -> Any:
+        """gymnax's Discrete or Box."""
+        ...
+
+    def observation_space(self, params: Any) -> Any:
+        """gymnax's Box."""
+        ...
+
+
+class Envs(NamedTuple):
+    """E running episodes: their environments' `state` and `obs`, leaves (E, ...); whether that observation is the
+    `first_E` of its episode; `return_E` and `length_E` so far."""
+
+    state: Any
+    obs: jax.Array
+    first_E: jax.Array
+    return_E: jax.Array
+    length_E: jax.Array
+
+
+class Outcome(NamedTuple):
+    """What a step led to: `final_obs` before any reset, `reward_E`, and how it ended: `terminated_E` by the task, or
+    `truncated_E` by the time limit alone. `return_E` and `length_E` of the episode up to and with this step."""
+
+    final_obs: jax.Array
+    reward_E: jax.Array
+    terminated_E: jax.Array
+    truncated_E: jax.Array
+    return_E: jax.Array
+    length_E: jax.Array
+
+    @property
+    def done_E(self) -> jax.Array:
+        """Whether the episode ended."""
+        return self.terminated_E | self.truncated_E
+
+
+def reset(keys_E: jax.Array, env: Environment, params: Any, *, params_axis: int | None = None) -> Envs:
+    """Start E episodes, one for each key; with `params_axis=0` each has parameters of its own."""
+    obs, state = jax.vmap(env.reset_env, in_axes=(0, params_axis))(keys_E, params)
+    zeros_E = jnp.zeros(len(keys_E))
+    obs, state = jax.tree.map(_strongly_typed, (obs, state))
+    return Envs(state, obs, jnp.ones(len(keys_E), bool), zeros_E, zeros_E.astype(jnp.int32))
+
+
+def step(
+    keys_E: jax.Array,
+    envs: Envs,
+    action: jax.Array,
+    env: Environment,
+    params: Any,
+    *,
+    params_axis: int | None = None,
+    resets: int | None = None,
+) -> tuple[Envs, Outcome]:
+    """One step of every episode; those that end start anew.
+
+    Environment e behaves as gymnax's own `env.step` does with keys_E[e]. A step computes a fresh start for every
+    environment, needed or not. Where that is dear, as in Brax, `resets` says how many to compute: episodes that end in
+    the same step then share them in turn, and no two do as long as no more than `resets` end at once.
+    """
+    count = len(envs.return_E)
+    if resets is not None and not 1 <= resets <= count:
+        raise ValueError(f"step: resets is {resets}, expected 1..{count}, the number of environments")
+    if resets is not None and resets < count and params_axis is not None:
+        raise ValueError(f"step: resets is {resets}, but environments with parameters of their own cannot share starts")
+    k_step_E, k_reset_E = jnp.moveaxis(jax.vmap(jax.random.split)(keys_E), 1, 0)
+    obs, state, reward_E, terminated_E, _ = jax.vmap(env.step_env, in_axes=(0, 0, 0, params_axis))(
+        k_step_E, envs.state, action, params
+    )
+    obs, state = jax.tree.map(lambda new, old: new.astype(old.dtype), (obs, state), (envs.obs, envs.state))
+    terminated_E = terminated_E.astype(bool)
+    truncated_E = jax.vmap(env.is_truncated, in_axes=(0, params_axis))(state, params) & ~terminated_E
+    done_E = terminated_E | truncated_E
+    reward_E = reward_E.astype(jnp.float32)
+    return_E, length_E = envs.return_E + reward_E, envs.length_E + 1
+
+    fresh = jax.vmap(env.reset_env, in_axes=(0, params_axis))(k_reset_E[: resets or count], params)
+    if resets is not None and resets < count:
+        slot_E = (jnp.cumsum(done_E) - 1) % resets
+        fresh = jax.tree.map(lambda x: x[slot_E], fresh)
+    next_obs, state = jax.tree.map(
+        lambda new, old: jnp.where(done_E.reshape(-1, *(1,) * (old.ndim - 1)), new.astype(old.dtype), old),
+        fresh,
+        (obs, state),
+    )
+    after = Envs(state, next_obs, done_E, jnp.where(done_E, 0.0, return_E), jnp.where(done_E, 0, length_E))
+    return after, Outcome(obs, reward_E, terminated_E, truncated_E, return_E, length_E)
+
+
+def episode_metrics(outcome: Outcome) -> dict[str, jax.Array]:
+    """Of the episodes that ended within steps (T, E): `episodes` their number, and the means of `episode_return` and
+    `episode_length`, NaN where none ended."""
+    done = outcome.done_E
+    count = done.sum()
+    mean = {
+        name: jnp.where(done, value, 0).sum() / count
+        for name, value in (("episode_return", outcome.return_E), ("episode_length", outcome.length_E))
+    }
+    return {"episodes": count, **mean}
+
+
+def _strongly_typed(x: Any) -> jax.Array:
+    """A loop's carry must keep its type, which a weak one does not."""
+    array = jnp.asarray(x)
+    return jax.lax.convert_element_type(array, array.dtype)
