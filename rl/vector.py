@@ -92,7 +92,7 @@ def step(
         raise ValueError(f"step: resets is {resets}, expected 1..{count}, the number of environments")
     if resets is not None and resets < count and params_axis is not None:
         raise ValueError(f"step: resets is {resets}, but environments with parameters of their own cannot share starts")
-    k_step_E, k_reset_E = jnp.moveaxis(jax.vmap(jax.random.split)(keys_E), 1, 0)
+    k_step_E, k_reset_E = jax.vmap(lambda key: tuple(jax.random.split(key)))(keys_E)
     obs, state, reward_E, terminated_E, _ = jax.vmap(env.step_env, in_axes=(0, 0, 0, params_axis))(
         k_step_E, envs.state, action, params
     )

@@ -18,7 +18,7 @@ from experiments.next_element.tasks import BIDIRECTIONAL, CAUSAL, SOURCES, VOCAB
 from experiments.report import Claim, Figure, Section, Table, write_report
 from experiments.runner import RunDirectory, clean_exit, train_chunks
 from seqmod import backbone, train
-from seqmod.config import BackboneConfig
+from seqmod.config import BackboneConfig, Positions
 from seqmod.mixers import MIXERS
 from seqmod.objectives import categorical_nll
 from seqmod.train import AdamWConfig
@@ -35,6 +35,8 @@ class Config:
     heads: int = 4
     mlp: int = 64
     length: int = 48
+    positions: Positions = "none"
+    """What the embedding says of positions; some mixers have none of their own."""
     seeds: int = 1
     seed: int = 0
     optimiser: AdamWConfig = AdamWConfig(
@@ -62,6 +64,7 @@ class Config:
             mlp=self.mlp,
             attention_heads=self.heads,
             context=self.length,
+            positions=self.positions,
             causal=causal,
             scan=True,
         )

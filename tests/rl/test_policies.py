@@ -1,0 +1,45 @@
+"""Policies against SciPy, and the scaling of actions to a box."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gymnax.environments import spaces
+from scipy import stats
+
+from rl.policies import Categorical, Gaussian, bounds, to_box
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def test_a_categorical_policy_is_its_probabilities():
+    policy = Categorical(jnp.log(jnp.array([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]])) + 4.0)
+    np.testing.assert_allclose(policy.log_prob(jnp.array([2, 0])), np.log([0.3, 0.6]), rtol=1e-5)
+    wanted = [stats.entropy(p) for p in ([0.2, 0.5, 0.3], [0.6, 0.1, 0.3])]
+    np.testing.assert_allclose(policy.entropy(), wanted, rtol=1e-5)
+    np.testing.assert_array_equal(policy.mode(), [1, 0])
+    draws = jax.vmap(policy.sample)(jax.random.split(jax.random.key(0), 4000))
+    share = (draws[:, 0, None] == jnp.arange(3)[None]).mean(0)
+    np.testing.assert_allclose(share, [0.2, 0.5, 0.3], atol=0.03)
+
+
+def test_a_gaussian_policy_is_a_product_of_normals():
+    mean, log_std = jnp.array([[0.3, -1.0]]), jnp.array([[-0.5, 0.2]])
+    policy, x = Gaussian(mean, log_std), jnp.array([[0.1, 0.4]])
+    normals = stats.norm(np.asarray(mean), np.exp(np.asarray(log_std)))
+    np.testing.assert_allclose(policy.log_prob(x), normals.logpdf(np.asarray(x)).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(policy.entropy(), normals.entropy().sum(-1), rtol=1e-5)
+    np.testing.assert_array_equal(policy.mode(), mean)
+    draws = jax.vmap(policy.sample)(jax.random.split(jax.random.key(0), 4000))[:, 0]
+    np.testing.assert_allclose(draws.std(0), np.exp([-0.5, 0.2]), rtol=0.05)
+
+
+def test_actions_between_minus_one_and_one_fill_the_box():
+    box = bounds(spaces.Box(jnp.array([-2.0, 0.0]), jnp.array([2.0, 10.0]), (2,)))
+    action = jnp.array([[-1.0, 1.0], [0.0, 0.5], [7.0, -7.0]])
+    np.testing.assert_allclose(to_box(box, action), [[-2.0, 10.0], [0.0, 7.5], [2.0, 0.0]])
+
+
+def test_a_box_without_bounds_is_refused():
+    with pytest.raises(ValueError, match="expected finite bounds"):
+        bounds(spaces.Box(-jnp.inf, jnp.inf, (3,)))
