@@ -1,0 +1,53 @@
+"""Seeds and hyperparameters at once, by `vmap`: a sweep is one compiled program, and its results are arrays.
+
+train = ppo.make_train(config, env, network)
+hyper_H = grid(PPOHyper(), learning_rate=[1e-4, 1e-3], clip=[0.1, 0.2, 0.3])      # 6 settings
+states, metrics = sweep(train, jax.random.key(0), hyper_H, seeds=8)               # leaves (6, 8, ...)
+"""
+
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from rl.algorithm import Train
+
+
+def grid(hyper: Any, **values: ArrayLike) -> Any:
+    """All combinations of values of some fields of an algorithm's Hyper, leaves (H,); the other fields as in `hyper`. The last field named
+    changes fastest. Raises ValueError for a field that there is not, and for values that are no list."""
+    fields = hyper._asdict()
+    for name, each in values.items():
+        if name not in fields:
+            raise ValueError(f"grid: {name} is no hyperparameter, expected some of {sorted(fields)}")
+        if np.ndim(each) != 1 or not np.size(each):
+            raise ValueError(f"grid: {name} is {each}, expected a list of values")
+    rows = np.array(list(product(*(np.asarray(each) for each in values.values()))), np.float32)
+    columns = dict(zip(values, rows.T, strict=True))
+    return type(hyper)(**{name: jnp.asarray(columns.get(name, np.full(len(rows), x))) for name, x in fields.items()})
+
+
+def sweep(
+    train: Train, key: jax.Array, hyper_H: Any, seeds: int, env_params: Any = None, *, at_once: int | None = None
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Train every setting from the same `seeds` seeds. Returns (states, metrics), leaves (H, S, ...).
+
+    `at_once` settings run side by side, all by default; fewer need less memory. Seeds always run side by side.
+    """
+    if seeds < 1:
+        raise ValueError(f"sweep: seeds is {seeds}, expected at least 1")
+    count = len(jax.tree.leaves(hyper_H)[0])
+    if at_once is not None and not 1 <= at_once <= count:
+        raise ValueError(f"sweep: at_once is {at_once}, expected 1..{count}, the number of settings")
+
+    @jax.jit
+    def run(keys_S: jax.Array, hyper_H: Any) -> tuple[Any, dict[str, jax.Array]]:
+        def one(hyper: Any) -> Any:  # every setting gets the same seeds
+            return jax.vmap(train, in_axes=(0, None, None))(jax.random.clone(keys_S), hyper, env_params)
+
+        return jax.vmap(one)(hyper_H) if at_once is None else jax.lax.map(one, hyper_H, batch_size=at_once)
+
+    return run(jax.random.split(key, seeds), hyper_H)
