@@ -17,8 +17,11 @@ from rl.algorithm import Train
 
 
 def grid(hyper: Any, **values: ArrayLike) -> Any:
-    """All combinations of values of some fields of an algorithm's Hyper, leaves (H,); the other fields as in `hyper`. The last field named
-    changes fastest. Raises ValueError for a field that there is not, and for values that are no list."""
+    """All combinations of values of some fields of an algorithm's Hyper, leaves (H,); the other fields as in `hyper`.
+
+    The last field named changes fastest. Raises ValueError for a field that there is not, and for values that are no
+    list.
+    """
     fields = hyper._asdict()
     for name, each in values.items():
         if name not in fields:
