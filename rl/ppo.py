@@ -107,7 +107,7 @@ def make(config: PPOConfig, env: Any, network: Network) -> Algorithm:
         return normalise.normalise(seen, obs) if config.normalise_observations else obs
 
     def optimiser(hyper: PPOHyper, update: jax.Array) -> optax.GradientTransformation:
-        left = 1.0 - update / config.updates if config.anneal else 1.0
+        left = (config.updates - update) / config.updates if config.anneal else 1.0
         return optax.chain(
             optax.clip_by_global_norm(config.max_grad_norm),
             optax.scale_by_adam(eps=1e-5),
