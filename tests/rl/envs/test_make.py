@@ -148,8 +148,8 @@ def test_continuous_actions_are_remembered_as_they_are():
     env, params = make("Pendulum-v1")
     env = RememberLast(env)
     k_reset, k_step = jax.random.split(jax.random.key(1))
-    _, state = env.reset_env(k_reset, params)
-    obs_F, _, reward, *_ = env.step_env(k_step, state, jnp.array([-1.5]), params)
+    _, state = jax.jit(env.reset_env)(k_reset, params)
+    obs_F, _, reward, *_ = jax.jit(env.step_env)(k_step, state, jnp.array([-1.5]), params)
     assert obs_F.shape == env.observation_space(params).shape == (5,)
     assert obs_F[3:].tolist() == [-1.5, reward]
 
@@ -158,11 +158,12 @@ def test_the_visual_agent_stands_where_it_is():
     env, params = make("FourRooms-misc", use_visual_obs=True)
     raw = FourRooms(use_visual_obs=True)
     key = jax.random.key(0)
-    obs_HWC, state = env.reset_env(key, params)
+    obs_HWC, state = jax.jit(env.reset_env)(key, params)
+    step = jax.jit(env.step_env)
     for row, column in np.argwhere(np.asarray(raw.env_map))[::7]:
         at = replace(state, pos=jnp.array([row, column]))
         # Upwards is a wall or a floor; the map decides, and nothing slips.
-        obs_HWC, after, *_ = env.step_env(jax.random.key(0), at, 0, replace(params, fail_prob=0.0))
+        obs_HWC, after, *_ = step(jax.random.key(0), at, 0, replace(params, fail_prob=0.0))
         expected = (row - 1, column) if raw.env_map[row - 1, column] else (row, column)
         assert np.argwhere(np.asarray(obs_HWC[..., 1])).tolist() == [list(expected)]
         assert tuple(after.pos.tolist()) == expected
@@ -183,9 +184,10 @@ def test_time_limits(name):
     env, params = make(name, max_steps=3)
     _, usual = make(name)
     assert usual.max_steps_in_episode != 3
-    _, state = env.reset_env(jax.random.key(0), params)
+    _, state = jax.jit(env.reset_env)(jax.random.key(0), params)
+    step = jax.jit(env.step_env)
     for limit in (False, False, True):
-        _, state, _, _, _ = env.step_env(jax.random.key(0), state, 0, params)
+        _, state, _, _, _ = step(jax.random.key(0), state, 0, params)
         assert bool(env.is_truncated(state, params)) == limit
 
 
