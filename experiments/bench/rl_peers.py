@@ -13,6 +13,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -146,18 +147,18 @@ RUNS = (
     Run("purejaxrl", "ppo", "Acrobot-v1", 500_000, 5, PURE_PPO, note=_OF_CARTPOLE),
     Run("rejax", "ppo", "MountainCar-v0", 500_000, 5, REJAX_MOUNTAINCAR, note="published as not solved"),
     Run("purejaxrl", "ppo", "MountainCar-v0", 500_000, 5, PURE_PPO, note=_OF_CARTPOLE),
-    Run("rejax", "ppo", "FourRooms-misc", 500_000, 5, note="none published: the defaults of its PPO class"),
+    Run("rejax", "ppo", "FourRooms-misc", 500_000, 5, checkpoints=5, note="none published: the defaults of its class"),
     Run("purejaxrl", "ppo", "FourRooms-misc", 500_000, 5, PURE_PPO, note=_OF_CARTPOLE),
     Run("purejaxrl", "ppo", "Breakout-MinAtar", 1_000_000, 3, PURE_MINATAR, note="published for 10000000 steps"),
-    Run("rejax", "ppo", "Breakout-MinAtar", 1_000_000, 3, REJAX_BREAKOUT),
-    Run("purejaxrl", "ppo_rnn", "MemoryChain-bsuite", 500_000, 3, PURE_PPO, note=_OF_CARTPOLE),
-    Run("purejaxrl", "ppo", "MemoryChain-bsuite", 500_000, 3, PURE_PPO, note=_OF_CARTPOLE),
-    Run("purejaxrl", "ppo_rnn", "MetaMaze-misc", 1_000_000, 3, PURE_PPO, note=_OF_CARTPOLE),
-    Run("purejaxrl", "ppo", "MetaMaze-misc", 1_000_000, 3, PURE_PPO, note=_OF_CARTPOLE),
-    Run("rejax", "dqn", "CartPole-v1", 100_000, 5, REJAX_DQN),
-    Run("rejax", "sac", "Pendulum-v1", 100_000, 3, REJAX_SAC, note="published for 10000 steps"),
+    Run("rejax", "ppo", "Breakout-MinAtar", 1_000_000, 3, REJAX_BREAKOUT, 5),
+    Run("purejaxrl", "ppo_rnn", "MemoryChain-bsuite", 250_000, 3, PURE_PPO, note=_OF_CARTPOLE),
+    Run("purejaxrl", "ppo_rnn", "MetaMaze-misc", 500_000, 3, PURE_PPO, note=_OF_CARTPOLE),
+    Run("rejax", "dqn", "CartPole-v1", 100_000, 5, REJAX_DQN, 5),
+    Run("rejax", "sac", "Pendulum-v1", 20_000, 3, REJAX_SAC, 5, note="published for 10000 steps"),
     Run("brax", "ppo", "ant", 1_024_000, 2, BRAX_ANT, 5, "spring", note=_SIXTEENTH),
     Run("brax", "ppo", "halfcheetah", 1_024_000, 2, BRAX_HALFCHEETAH, 5, "spring", note=_SIXTEENTH),
+    Run("purejaxrl", "ppo", "MemoryChain-bsuite", 250_000, 3, PURE_PPO, note=_OF_CARTPOLE),
+    Run("purejaxrl", "ppo", "MetaMaze-misc", 500_000, 3, PURE_PPO, note=_OF_CARTPOLE),
     Run("brax", "ppo", "ant", 1_024_000, 2, BRAX_ANT, 5, "mjx", note=_SIXTEENTH),
     Run("brax", "ppo", "halfcheetah", 1_024_000, 2, BRAX_HALFCHEETAH, 5, "mjx", note=_SIXTEENTH),
     Run("purejaxrl", "ppo_continuous_action", "ant", 1_024_000, 2, PURE_BRAX, 5, "spring",
@@ -303,7 +304,8 @@ def answer(run: Run) -> dict[str, Any]:
         versions["purejaxrl"] = PUREJAXRL_COMMIT
     steps = result["steps_taken"] * run.seeds
     speed = {"steps_per_second": [steps / each for each in result["run_seconds"]], "load_averages": loads}
-    return result | speed | {"versions": {"python": sys.version.split()[0]} | versions}
+    result = result | speed | {"versions": {"python": sys.version.split()[0]} | versions}
+    return json.loads(json.dumps(result), parse_float=lambda number: round(float(number), 3))
 
 
 def environment(peer: str, purejaxrl: str = PUREJAXRL) -> Path:
@@ -359,8 +361,11 @@ def record(run: Run, result: dict[str, Any]) -> None:
         "command": f"python -m experiments.bench.rl_peers --only {run.name!r}",
     }
     kept[run.name] = asdict(run) | made | result
+    text = json.dumps(kept, indent=1)
+    # A list of numbers is one line.
+    text = re.sub(r"\[([^\[\]{}]*)\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
     beside = RESULTS.with_suffix(".json.new")
-    beside.write_text(json.dumps(kept, indent=1) + "\n")
+    beside.write_text(text + "\n")
     beside.replace(RESULTS)
 
 

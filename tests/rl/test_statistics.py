@@ -102,7 +102,7 @@ def test_bootstrap_of_a_mean_has_the_normal_width():
 @pytest.mark.parametrize("level", [0.5, 0.95])
 def test_bootstrap_covers_the_truth_as_often_as_it_says(level):
     """Scores of 23 seeds on three tasks, symmetric around 1, 2 and 3: the true mean is 2."""
-    rng, trials, covered = np.random.default_rng(7), 400, 0
+    rng, trials, covered = np.random.default_rng(7), 200, 0
     for _ in range(trials):
         score_SM = rng.standard_t(5, size=(23, 3)) + np.array([1, 2, 3])
         interval = bootstrap_interval(np.mean, score_SM, rng=rng, level=level, resamples=200)
