@@ -1,6 +1,7 @@
 """Rollouts of a policy in many environments at once, for algorithms that learn from what they have just seen."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -46,20 +47,28 @@ def collect(
     `to_env` turns an action of the policy into one of the environment, `see` an observation into what the network gets
     (normalised, for instance).
 
+    The starts of `steps` episodes in each environment are there at once, or of `resets`, see `vector.step`.
+
     The value of an episode's final observation matters only where it was truncated; it is computed only if some was.
     """
     count = len(envs.return_E)
     k_env, k_act = jax.random.split(key)
-    # All at once: on a CPU a random key drawn in a loop costs more than a small network.
-    keys_TE = jax.random.split(k_env, (steps, count))
+    # Everything random that can be is drawn at once, and so are the starts of episodes: on a CPU a key split in a loop
+    # costs more than a small network and its environment.
+    k_step_TE, k_reset_TE = jax.vmap(vector.step_keys)(jax.random.split(k_env, (steps, count)))
+    fresh_T = jax.vmap(partial(vector.starts, env=env, params=env_params, params_axis=params_axis, resets=resets))(
+        k_reset_TE
+    )
+    policy_E, _ = jax.eval_shape(lambda: network.step(params, see(envs.obs), memory)[0])
+    noise_T = policy_E.noise(k_act, steps)
     before = memory
 
-    def one(carry: tuple[Envs, Any], x: tuple[jax.Array, jax.Array]):
-        (envs, memory), (k_E, k_step) = carry, x
+    def one(carry: tuple[Envs, Any], x: tuple[jax.Array, Any, jax.Array]):
+        (envs, memory), (k_step_E, fresh, noise) = carry, x
         obs, first_E = see(envs.obs), envs.first_E
         (policy, value_E), memory = network.step(params, obs, reset_memory(network, memory, first_E))
-        action = policy.sample(k_step)
-        envs, outcome = vector.step(k_E, envs, to_env(action), env, env_params, params_axis=params_axis, resets=resets)
+        action = policy.draw(noise)
+        envs, outcome = vector.advance(k_step_E, envs, to_env(action), fresh, env, env_params, params_axis=params_axis)
         record = (obs, first_E, action, policy.log_prob(action), value_E, outcome)
         if network.recurrent:
             # Its memory is there only now.
@@ -71,7 +80,7 @@ def collect(
             return (envs, memory), (record, final_E)
         return (envs, memory), (record, None)
 
-    (envs, memory), (record, final_TE) = jax.lax.scan(one, (envs, memory), (keys_TE, jax.random.split(k_act, steps)))
+    (envs, memory), (record, final_TE) = jax.lax.scan(one, (envs, memory), (k_step_TE, fresh_T, noise_T))
     obs_TE, first_TE, action_TE, log_prob_TE, value_TE, outcome = record
     (_, last_value_E), _ = network.step(params, see(envs.obs), reset_memory(network, memory, envs.first_E))
     next_value_TE = jnp.concatenate([value_TE[1:], last_value_E[None]])

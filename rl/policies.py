@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rl.distributions import categorical_log_prob, gaussian_entropy, gaussian_log_prob, gaussian_sample
+from rl.distributions import categorical_log_prob, gaussian_entropy, gaussian_log_prob
 
 
 class Categorical(NamedTuple):
@@ -13,9 +13,17 @@ class Categorical(NamedTuple):
 
     logits: jax.Array
 
+    def noise(self, key: jax.Array, steps: int) -> jax.Array:
+        """What `draw` needs for `steps` policies of this shape, drawn at once (steps, ..., A)."""
+        return jax.random.gumbel(key, (steps, *self.logits.shape))
+
+    def draw(self, noise: jax.Array) -> jax.Array:
+        """An action (...), by the Gumbel-max trick."""
+        return (self.logits + noise).argmax(-1)
+
     def sample(self, key: jax.Array) -> jax.Array:
         """An action (...)."""
-        return jax.random.categorical(key, self.logits)
+        return self.draw(self.noise(key, 1)[0])
 
     def mode(self) -> jax.Array:
         """The likeliest action (...)."""
@@ -40,9 +48,17 @@ class Gaussian(NamedTuple):
     mean: jax.Array
     log_std: jax.Array
 
+    def noise(self, key: jax.Array, steps: int) -> jax.Array:
+        """What `draw` needs for `steps` policies of this shape, drawn at once (steps, ..., A)."""
+        return jax.random.normal(key, (steps, *self.mean.shape))
+
+    def draw(self, noise: jax.Array) -> jax.Array:
+        """An action (..., A)."""
+        return self.mean + jnp.exp(self.log_std) * noise
+
     def sample(self, key: jax.Array) -> jax.Array:
         """An action (..., A)."""
-        return gaussian_sample(key, self.mean, self.log_std)
+        return self.draw(self.noise(key, 1)[0])
 
     def mode(self) -> jax.Array:
         """The mean (..., A)."""
@@ -83,3 +99,10 @@ def to_box(box: Bounds, action: jax.Array) -> jax.Array:
     lead = (1,) * (action.ndim - box.low.ndim)
     low, high = (x.reshape(*lead, *x.shape) for x in box)
     return low + (jnp.clip(action, -1.0, 1.0) + 1.0) * 0.5 * (high - low)
+
+
+def from_box(box: Bounds, action: jax.Array) -> jax.Array:
+    """The inverse of `to_box`: actions of the environment (..., *shape) with the bounds at -1 and 1."""
+    lead = (1,) * (action.ndim - box.low.ndim)
+    low, high = (x.reshape(*lead, *x.shape) for x in box)
+    return 2.0 * (action - low) / (high - low) - 1.0

@@ -87,12 +87,39 @@ def step(
     environment, needed or not. Where that is dear, as in Brax, `resets` says how many to compute: episodes that end in
     the same step then share them in turn, and no two do as long as no more than `resets` end at once.
     """
-    count = len(envs.return_E)
+    k_step_E, k_reset_E = step_keys(keys_E)
+    fresh = starts(k_reset_E, env, params, params_axis=params_axis, resets=resets)
+    return advance(k_step_E, envs, action, fresh, env, params, params_axis=params_axis)
+
+
+def step_keys(keys_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What `step` makes of its keys: those of the steps and those of the starts."""
+    return jax.vmap(lambda key: tuple(jax.random.split(key)))(keys_E)
+
+
+def starts(
+    k_reset_E: jax.Array, env: Environment, params: Any, *, params_axis: int | None = None, resets: int | None = None
+) -> tuple[Any, Any]:
+    """Fresh (obs, state) for every environment, or `resets` of them to be shared: see `step`."""
+    count = len(k_reset_E)
     if resets is not None and not 1 <= resets <= count:
         raise ValueError(f"step: resets is {resets}, expected 1..{count}, the number of environments")
     if resets is not None and resets < count and params_axis is not None:
         raise ValueError(f"step: resets is {resets}, but environments with parameters of their own cannot share starts")
-    k_step_E, k_reset_E = jax.vmap(lambda key: tuple(jax.random.split(key)))(keys_E)
+    return jax.vmap(env.reset_env, in_axes=(0, params_axis))(k_reset_E[:resets], params)
+
+
+def advance(
+    k_step_E: jax.Array,
+    envs: Envs,
+    action: jax.Array,
+    fresh: tuple[Any, Any],
+    env: Environment,
+    params: Any,
+    *,
+    params_axis: int | None = None,
+) -> tuple[Envs, Outcome]:
+    """`step` with the `starts` computed before, which a loop may do for all its steps at once."""
     obs, state, reward_E, terminated_E, _ = jax.vmap(env.step_env, in_axes=(0, 0, 0, params_axis))(
         k_step_E, envs.state, action, params
     )
@@ -103,9 +130,9 @@ def step(
     reward_E = reward_E.astype(jnp.float32)
     return_E, length_E = envs.return_E + reward_E, envs.length_E + 1
 
-    fresh = jax.vmap(env.reset_env, in_axes=(0, params_axis))(k_reset_E[: resets or count], params)
-    if resets is not None and resets < count:
-        slot_E = (jnp.cumsum(done_E) - 1) % resets
+    count = len(jax.tree.leaves(fresh)[0])
+    if count < len(done_E):
+        slot_E = (jnp.cumsum(done_E) - 1) % count
         fresh = jax.tree.map(lambda x: x[slot_E], fresh)
     next_obs, state = jax.tree.map(
         lambda new, old: jnp.where(done_E.reshape(-1, *(1,) * (old.ndim - 1)), new.astype(old.dtype), old),
