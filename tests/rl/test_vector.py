@@ -135,9 +135,14 @@ def test_each_environment_may_have_parameters_of_its_own(tiny):
 
 def test_wrong_numbers_of_resets_are_named(tiny):
     envs = vector.reset(jax.random.split(jax.random.key(0), 3), tiny, tiny.params())
-    keys_E, action_E = jax.random.split(jax.random.key(1), 3), jnp.zeros(3, jnp.int32)
+    action_E = jnp.zeros(3, jnp.int32)
+
+    def step(**options):
+        keys_E = jax.random.split(jax.random.key(1), 3)
+        return vector.step(keys_E, envs, action_E, tiny, tiny.params(), **options)
+
     for resets in (0, 4):
-        with pytest.raises(ValueError, match=f"resets is {resets}, expected 1..3"):
-            vector.step(keys_E, envs, action_E, tiny, tiny.params(), resets=resets)
+        with pytest.raises(ValueError, match=rf"resets is {resets}, expected 1\.\.3"):
+            step(resets=resets)
     with pytest.raises(ValueError, match="cannot share"):
-        vector.step(keys_E, envs, action_E, tiny, tiny.params(), resets=2, params_axis=0)
+        step(resets=2, params_axis=0)
