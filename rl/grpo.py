@@ -1,12 +1,15 @@
 """Group-relative policy optimisation: PPO's clipped objective with the batch itself as the baseline, no critic.
 
 One optimiser serves both kinds of reinforcement learning of the paper (arXiv 2512.20605, C.5): `internal.py` gives it
-sequences of abstract actions z, and `raw_update` here gives it the base model's own actions. A batch is a group: all
-its episodes have the same task, and every step of an episode has the episode's advantage.
+sequences of abstract actions z, and `raw_update` here gives it the base model's own actions; `group.py` gives it those
+of any policy in any environment. A batch is one or more groups: all episodes of a group have the same task, and every
+step of an episode has the episode's advantage. Probability ratios are those of single actions, as in GRPO (Shao et al.,
+arXiv 2402.03300), or of whole episodes, as in GSPO (Zheng et al., arXiv 2507.18071).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from rl.distributions import categorical_log_prob
-from rl.losses import approximate_kl, clip_loss, group_advantage
+from rl.losses import Level, approximate_kl, clip_loss, group_advantage
 from rl.rollout import Step, rollout
 from seqmod import backbone
 from seqmod.backbone import BackboneConfig
@@ -22,7 +25,8 @@ from seqmod.backbone import BackboneConfig
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """`batch` episodes (one group) of at most `horizon` steps per update, `epochs` passes over it in `minibatches`."""
+    """`batch` episodes, in `groups` of equal size, of at most `horizon` steps per update; `epochs` passes over them in
+    `minibatches`. The clipped ratio is that of a "token", an action, or of a "sequence", an episode's actions."""
 
     batch: int = 512
     horizon: int = 100
@@ -31,6 +35,8 @@ class GRPOConfig:
     clip: float = 0.2
     max_grad_norm: float = 1.0
     advantage_epsilon: float = 1e-3
+    groups: int = 1
+    level: Level = "token"
 
     def __post_init__(self) -> None:
         if min(self.batch, self.epochs, self.minibatches) < 1:
@@ -38,15 +44,19 @@ class GRPOConfig:
                 f"GRPOConfig: batch {self.batch}, epochs {self.epochs} and minibatches {self.minibatches} "
                 "must be positive"
             )
+        if self.groups < 1 or self.batch % self.groups:
+            raise ValueError(f"GRPOConfig: batch {self.batch} is not divisible by groups {self.groups}")
         if self.batch % self.minibatches:
             raise ValueError(f"GRPOConfig: batch {self.batch} is not divisible by minibatches {self.minibatches}")
         if self.horizon < 1:
             raise ValueError(f"GRPOConfig: horizon is {self.horizon}, expected at least 1")
+        if self.level not in ("token", "sequence"):
+            raise ValueError(f"GRPOConfig: level is {self.level!r}, expected 'token' or 'sequence'")
 
 
 class Batch(NamedTuple):
-    """Sequences to learn from, each leaf with the episode axis first: `inputs` of the policy, its `actions`, their
-    `log_prob_BL` when they were taken, `mask_BL` and `return_B`."""
+    """Sequences to learn from, each leaf with the episode axis first, group after group: `inputs` of the policy, its
+    `actions`, their `log_prob_BL` when they were taken, `mask_BL` and `return_B`."""
 
     inputs: Any
     actions: Any
@@ -76,18 +86,24 @@ def improve(
     state: TrainState,
     key: jax.Array,
     batch: Batch,
+    *,
+    clip: float | jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Optimise the clipped objective on a batch. `log_prob(params, inputs, actions)` gives (B, L).
+    """Optimise the clipped objective on a batch. `log_prob(params, inputs, actions)` gives (B, L); `clip` is that of
+    `config` unless given.
 
-    A batch whose episodes all have the same return carries no signal: its gradient is exactly zero, and it is skipped.
+    A group whose episodes all have the same return carries no signal: its gradient is exactly zero. A batch of such
+    groups is skipped.
     """
     tx = optimiser(config, learning_rate)
-    advantage_B = group_advantage(batch.return_B, config.advantage_epsilon)
+    clip = config.clip if clip is None else clip
+    return_GK = batch.return_B.reshape(config.groups, -1)
+    advantage_B = jax.vmap(partial(group_advantage, epsilon=config.advantage_epsilon))(return_GK).reshape(-1)
 
     def loss(params, part: Batch, advantage_B):
         log_prob_BL = log_prob(params, part.inputs, part.actions)
         advantage_BL = jnp.broadcast_to(advantage_B[:, None], log_prob_BL.shape)
-        value = clip_loss(log_prob_BL, part.log_prob_BL, advantage_BL, part.mask_BL, config.clip)
+        value = clip_loss(log_prob_BL, part.log_prob_BL, advantage_BL, part.mask_BL, clip, level=config.level)
         return value, approximate_kl(log_prob_BL, part.log_prob_BL, part.mask_BL)
 
     def minibatch(carry, index_B):
@@ -110,7 +126,7 @@ def improve(
         zeros = jnp.zeros((config.epochs, config.minibatches))
         return carry, (zeros, zeros, zeros)
 
-    has_signal = (batch.return_B != batch.return_B[0]).any()
+    has_signal = (return_GK != return_GK[:, :1]).any()
     (params, opt_state), (value, kl, norm) = jax.lax.cond(has_signal, learn, skip, (state.params, state.opt_state))
     metrics = {
         "success": batch.return_B.mean(),

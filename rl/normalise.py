@@ -4,6 +4,7 @@ All environments share them, wherever they run, and what was normalised by them 
 before it. Moments are merged by the parallel formula of Chan, Golub and LeVeque (1983).
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -23,15 +24,18 @@ def moments(shape: tuple[int, ...]) -> Moments:
     return Moments(jnp.array(1e-4), jnp.zeros(shape), jnp.ones(shape))
 
 
-def update(old: Moments, sample: jax.Array) -> Moments:
-    """With samples (..., *shape) added; all leading axes are samples."""
-    rows = sample.reshape(-1, *old.mean.shape)
-    count = old.samples + len(rows)
-    shift = rows.mean(0) - old.mean
-    spread = (
-        old.variance * old.samples + rows.var(0) * len(rows) + jnp.square(shift) * (old.samples * len(rows) / count)
-    )
-    return Moments(count, old.mean + shift * (len(rows) / count), spread / count)
+def update(old: Moments, sample: jax.Array, mask: jax.Array | None = None) -> Moments:
+    """With samples (..., *shape) added; all leading axes are samples; with `mask` (...), where it is true."""
+    # Reduced over axes as they are: made one, they could not stay spread over devices.
+    lead = sample.shape[: sample.ndim - old.mean.ndim]
+    axes = tuple(range(len(lead)))
+    kept = None if mask is None else mask.reshape(*lead, *(1,) * old.mean.ndim)
+    added = math.prod(lead) if mask is None else mask.sum()
+    count = old.samples + added
+    shift = sample.mean(axes, where=kept) - old.mean
+    variance = sample.var(axes, where=kept)
+    spread = old.variance * old.samples + variance * added + jnp.square(shift) * (old.samples * added / count)
+    return Moments(count, old.mean + shift * (added / count), spread / count)
 
 
 def normalise(by: Moments, x: jax.Array, *, limit: float = 10.0) -> jax.Array:

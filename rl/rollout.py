@@ -42,6 +42,7 @@ def rollout(
     horizon: int,
     keep: Callable[[Any], Any] = lambda memory: None,
     smallest: int = 32,
+    groups: int | None = None,
 ) -> tuple[Episodes, Any]:
     """Run `batch` episodes of at most `horizon` steps from fresh resets. Returns (episodes, `keep` of the memories).
 
@@ -49,9 +50,18 @@ def rollout(
     environment's own horizon ends an episode too. Whenever at most half of the episodes are still running, the loop
     goes on with those alone (down to `smallest`), so that a few long episodes cost little; every leaf of `memory` and
     of the environment's state has the episode axis first, or is a scalar shared by all.
+
+    With `groups`, episodes come in that many groups of equal size, one after another; those of a group have the same
+    start, and go apart by what the policy draws and by what the environment draws later. Raises ValueError where the
+    batch is not divisible.
     """
+    starts = batch if groups is None else groups
+    if starts < 1 or batch % starts:
+        raise ValueError(f"rollout: batch {batch} is not divisible by groups {groups}")
     k_reset, k_loop = jax.random.split(key)
-    obs_BF, state = jax.vmap(env.reset_env, in_axes=(0, None))(jax.random.split(k_reset, batch), params)
+    obs_BF, state = jax.vmap(env.reset_env, in_axes=(0, None))(jax.random.split(k_reset, starts), params)
+    if starts != batch:
+        obs_BF, state = jax.tree.map(lambda x: jnp.repeat(x, batch // starts, axis=0), (obs_BF, state))
     step_env = jax.vmap(env.step_env, in_axes=(0, 0, 0, None))
     is_truncated = jax.vmap(env.is_truncated, in_axes=(0, None))
 
