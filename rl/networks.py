@@ -168,6 +168,66 @@ def actor_critic(obs_shape: tuple[int, ...], action_space: Any, config: Torso = 
     return Network(init, body.init_memory, step, body.recurrent)
 
 
+def q_network(
+    obs_shape: tuple[int, ...], action_space: Any, config: Torso = MLP(), *, dueling: bool = False
+) -> Network:
+    """A network whose outputs are the values (..., A) of a gymnax Discrete space's actions; `dueling` as in Wang et
+    al., arXiv 1511.06581, equation 9. Raises ValueError for another space."""
+    if not is_discrete(action_space):
+        raise ValueError(f"q_network: action space is {type(action_space).__name__}, expected a Discrete")
+    body, size = torso(config, obs_shape)
+
+    def init(key: jax.Array) -> Params:
+        k_torso, k_action, k_value = jax.random.split(key, 3)
+        params = {"torso": body.init(k_torso), "action": init_dense(k_action, size, action_space.n, 1.0)}
+        return params | {"value": init_dense(k_value, size, 1, 1.0)} if dueling else params
+
+    def step(params: Params, obs: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+        features, memory = body.step(params["torso"], obs, memory)
+        q_A = dense(params["action"], features)
+        if dueling:
+            q_A = dense(params["value"], features) + q_A - q_A.mean(-1, keepdims=True)
+        return q_A, memory
+
+    return Network(init, body.init_memory, step, body.recurrent)
+
+
+class ActorCritics(NamedTuple):
+    """Networks of actions between -1 and 1: the `actor` gives (mean, log_std), each (..., A), of a Gaussian before its
+    tanh; the `critics` take (obs, action) and give two values, (2, ...)."""
+
+    actor: Network
+    critics: Network
+
+
+def squashed_actor_critics(
+    obs_shape: tuple[int, ...], action_space: Any, config: MLP = MLP((256, 256), "relu")
+) -> ActorCritics:
+    """Actor and twin critics for a gymnax Box, as in SAC (Haarnoja et al., arXiv 1812.05905), over the flattened
+    observation; the log of the standard deviation is kept in [-5, 2]. Raises ValueError for another space."""
+    if is_discrete(action_space):
+        raise ValueError(f"squashed_actor_critics: action space is {type(action_space).__name__}, expected a Box")
+    inputs, actions = math.prod(obs_shape), math.prod(action_space.shape)
+
+    def act(params: Params, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean, spread = jnp.split(mlp(params, config, _flat(obs, obs_shape)), 2, axis=-1)
+        return mean, -5.0 + 3.5 * (jnp.tanh(spread) + 1.0)
+
+    def judge(params: Params, obs_and_action: tuple[jax.Array, jax.Array]) -> jax.Array:
+        obs, action = obs_and_action
+        x = jnp.concatenate([_flat(obs, obs_shape), action], axis=-1)
+        return jax.vmap(lambda params: mlp(params, config, x)[..., 0])(params)
+
+    def init_critics(key: jax.Array) -> Params:
+        two = [init_mlp(k, config, inputs + actions, 1) for k in jax.random.split(key)]
+        return jax.tree.map(lambda *x: jnp.stack(x), *two)
+
+    return ActorCritics(
+        feed_forward(lambda key: init_mlp(key, config, inputs, 2 * actions, 0.01), act),
+        feed_forward(init_critics, judge),
+    )
+
+
 def is_discrete(action_space: Any) -> bool:
     """Whether a gymnax space is Discrete. Raises ValueError for what is neither that nor a Box."""
     if hasattr(action_space, "n"):
