@@ -142,7 +142,7 @@ class BraxEnv(environment.Environment[BraxState, BraxParams]):
         """Draw a start. Returns (obs_F, state)."""
         with brax_allowed():
             # A strong type for every leaf, so that a step can give the same.
-            start = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), self._scaled(params).reset(key))
+            start = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), self.scaled(params).reset(key))
         return start.obs, BraxState(time=jnp.zeros((), jnp.int32), brax=start)
 
     def step_env(
@@ -156,12 +156,12 @@ class BraxEnv(environment.Environment[BraxState, BraxParams]):
         if jnp.shape(action) != (self.num_actions,):
             raise ValueError(f"BraxEnv: action has shape {jnp.shape(action)}, expected (A,) = ({self.num_actions},)")
         action_A = jnp.clip(action, -1.0, 1.0)
-        scaled = self._scaled(params)
+        physics = self.scaled(params)
 
         def step(before: BraxState) -> BraxState:
             # Brax writes into the dictionaries of the state it is given.
             given = before.brax.replace(metrics=dict(before.brax.metrics), info=dict(before.brax.info))
-            after = scaled.step(given, action_A)
+            after = physics.step(given, action_A)
             after = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), after, before.brax)
             return BraxState(time=before.time + 1, brax=after)
 
@@ -183,8 +183,8 @@ class BraxEnv(environment.Environment[BraxState, BraxParams]):
         info = {f"metrics/{name}": value for name, value in state.brax.metrics.items()}
         return state.brax.obs, state, reward, terminated, {**info, "discount": 1.0 - terminated}
 
-    def _scaled(self, params: BraxParams) -> Any:
-        """Brax's environment with the physics of these parameters."""
+    def scaled(self, params: BraxParams) -> Any:
+        """Brax's environment with the physics of these parameters. Raises ValueError for a scale without effect."""
         system = self.brax.sys
         changes: dict[str, Any] = {}
 
