@@ -279,7 +279,7 @@ const target = poses.map((_, t) => {
   const near = poses.slice(Math.max(0, t - 12), t + 13);
   return [0, 1, 2].map(i => near.reduce((sum, pose) => sum + pose[0][i], 0) / near.length);
 });
-let yaw = -0.9, pitch = 0.35, away = Math.max(0.5, 2.5 * scene.radius), clock = 0, playing = true, last = null;
+let yaw = -0.9, pitch = 0.35, away = Math.max(0.5, 3 * scene.radius), clock = 0, playing = true, last = null;
 
 function parts(geom) {
   const [a, b, c] = geom.size;
