@@ -1,0 +1,40 @@
+"""Command line of training: `python -m experiments.train_rl --env CartPole-v1 --algo ppo --help`."""
+
+import sys
+import time
+from typing import Any
+
+import jax
+
+from experiments.runner import RunDirectory, clean_exit
+from experiments.train_rl.presets import preset
+from experiments.train_rl.results import conclude
+from experiments.train_rl.settings import parse, plan
+from experiments.train_rl.training import train
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run the experiment; returns what result.json holds."""
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        settings = options.settings
+        planned = plan(settings)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    with clean_exit():
+        begun = time.monotonic()
+        run = RunDirectory.open(options.out, settings.to_json(), options.resume)
+        steps = planned.chunks * planned.updates * planned.algorithm.steps_per_update
+        source = preset(settings.env, settings.algo).source if settings.preset == "standard" else "tiny"
+        print(
+            f"{settings.algo} in {settings.env}, {settings.seeds} seeds of {steps:,} steps, "
+            f"on {jax.devices()[0].device_kind}: {run.path}\ndefaults: {source}"
+        )
+        result = conclude(run, settings, planned, train(run, settings, planned))
+        print(f"done in {time.monotonic() - begun:.0f} s")
+        return result
+
+
+if __name__ == "__main__":
+    main()
