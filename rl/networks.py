@@ -104,7 +104,7 @@ def dense(params: Params, x: jax.Array) -> jax.Array:
 def init_mlp(key: jax.Array, config: MLP, inputs: int, outputs: int | None = None, scale: float = 1.0) -> Params:
     """Hidden layers, then a linear one to `outputs` of the given scale, if any."""
     sizes = (inputs, *config.hidden)
-    keys = jax.random.split(key, len(sizes))
+    keys = [*jax.random.split(key, len(sizes))]
     layers = [init_dense(k, a, b) for k, a, b in zip(keys, sizes[:-1], sizes[1:], strict=False)]
     return layers if outputs is None else [*layers, init_dense(keys[-1], sizes[-1], outputs, scale)]
 
