@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rl.rollout import Episodes, Step, rollout
 
@@ -95,18 +94,3 @@ def bad_values(obs: Any) -> jax.Array:
     """Number of values that are not finite, the metric `bad_observations`."""
     leaves = [x for x in jax.tree.leaves(obs) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return sum(((~jnp.isfinite(x)).sum() for x in leaves), jnp.zeros((), jnp.int32))
-
-
-def spread(state: State, mesh: Mesh, *, environments: int) -> State:
-    """The state placed on the mesh: axes of `environments` at the front of a leaf are spread over the mesh's axis
-    "data", all else is on every device. A compiled update keeps it so, and computes what one device would, to
-    rounding."""
-    parts = mesh.shape["data"]
-    if environments % parts:
-        raise ValueError(f"spread: {environments} environments cannot be spread over {parts} devices evenly")
-
-    def place(leaf: jax.Array) -> jax.Array:
-        split = leaf.ndim > 0 and leaf.shape[0] == environments
-        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec("data") if split else PartitionSpec()))
-
-    return jax.tree.map(place, state)

@@ -32,7 +32,8 @@ class PPOConfig:
     """`environments` E, each `steps` T per update, `updates` in all; `epochs` passes in `minibatches`.
 
     `resets`: fresh starts computed per step, see `rl.vector.step`. `params_per_env`: the environment's parameters have
-    a leading axis E.
+    a leading axis E. `shards`: a minibatch takes equally from each of so many groups of neighbouring environments; with
+    a group to each device (`rl.devices`), data stay where they were collected.
     """
 
     environments: int = 64
@@ -48,15 +49,18 @@ class PPOConfig:
     normalise_rewards: bool = False
     resets: int | None = None
     params_per_env: bool = False
+    shards: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("environments", "steps", "updates", "epochs", "minibatches"):
+        for name in ("environments", "steps", "updates", "epochs", "minibatches", "shards"):
             if getattr(self, name) < 1:
                 raise ValueError(f"PPOConfig: {name} is {getattr(self, name)}, expected at least 1")
-        if (self.environments * self.steps) % self.minibatches:
+        if self.environments % self.shards:
+            raise ValueError(f"PPOConfig: {self.environments} environments are not divisible by shards {self.shards}")
+        if (self.environments * self.steps) % (self.minibatches * self.shards):
             raise ValueError(
                 f"PPOConfig: {self.environments} environments x {self.steps} steps are not divisible by "
-                f"minibatches {self.minibatches}"
+                f"minibatches {self.minibatches} x shards {self.shards}"
             )
 
 
@@ -91,10 +95,10 @@ def make(config: PPOConfig, env: Any, network: Network) -> Algorithm:
 
     Raises ValueError where the network has a memory and minibatches cannot be of whole environments.
     """
-    if network.recurrent and config.environments % config.minibatches:
+    if network.recurrent and config.environments % (config.minibatches * config.shards):
         raise ValueError(
-            f"ppo: {config.environments} environments are not divisible by minibatches {config.minibatches}, "
-            "which are of whole environments where the network has a memory"
+            f"ppo: {config.environments} environments are not divisible by minibatches {config.minibatches} x shards "
+            f"{config.shards}: minibatches are of whole environments where the network has a memory"
         )
     space = env.action_space(env.default_params)
     box = None if is_discrete(space) else bounds(space)
@@ -183,19 +187,21 @@ def make(config: PPOConfig, env: Any, network: Network) -> Algorithm:
         tx = optimiser(hyper, state.update)
         pick, rows = _minibatches(config, network, rollout, advantage_TE, target_TE)
 
-        def minibatch(carry: tuple[Any, Any], index_I: jax.Array):
+        def minibatch(carry: tuple[Any, Any], index_GI: jax.Array):
             params, opt_state = carry
-            grads, metrics = jax.grad(loss, has_aux=True)(params, hyper, *pick(index_I))
+            grads, metrics = jax.grad(loss, has_aux=True)(params, hyper, *pick(index_GI))
             updates, opt_state = tx.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), metrics | {"grad_norm": optax.tree.norm(grads)}
 
         def order(key: jax.Array) -> jax.Array:
-            return jax.random.permutation(key, rows).reshape(config.minibatches, -1)
+            rows_GR = jnp.broadcast_to(jnp.arange(rows), (config.shards, rows))
+            order_GR = jax.random.permutation(key, rows_GR, axis=1, independent=True)
+            return order_GR.reshape(config.shards, config.minibatches, -1).swapaxes(0, 1)
 
-        order_NI = jax.vmap(order)(jax.random.split(k_order, config.epochs)).reshape(
-            config.epochs * config.minibatches, -1
+        order_NGI = jax.vmap(order)(jax.random.split(k_order, config.epochs)).reshape(
+            config.epochs * config.minibatches, config.shards, -1
         )
-        (params, opt_state), metrics = jax.lax.scan(minibatch, (state.params, state.opt_state), order_NI)
+        (params, opt_state), metrics = jax.lax.scan(minibatch, (state.params, state.opt_state), order_NGI)
         explained = 1 - (target_TE - rollout.value_TE).var() / jnp.maximum(target_TE.var(), 1e-8)
         new = state._replace(
             params=params,
@@ -229,17 +235,33 @@ def make_train(config: PPOConfig, env: Any, network: Network) -> Train:
 def _minibatches(
     config: PPOConfig, network: Network, rollout: Rollout, advantage_TE: jax.Array, target_TE: jax.Array
 ) -> tuple[Any, int]:
-    """A function from indices to (part of the rollout, its advantages, its targets), and the number of rows to index:
-    steps, or environments where the order of steps matters."""
+    """A function from indices (G, I) to (part of the rollout, its advantages, its targets), and the number of rows to
+    index in each of the G `shards`: steps, or environments where the order of steps matters."""
     # What the loss does not read would be gathered for nothing.
     data = (rollout._replace(outcome=None, next_value_TE=None, memory=None), advantage_TE, target_TE)
+    groups, count = config.shards, config.environments // config.shards
+
+    def take(x_GR: jax.Array, index_GI: jax.Array) -> jax.Array:
+        return jax.vmap(lambda x, index_I: x[index_I])(x_GR, index_GI)
+
+    # Groups lead, or follow the time, wherever data are reshaped: so a group stays on its device.
     if network.recurrent:
 
-        def pick(index_I: jax.Array):
-            part, advantage, target = jax.tree.map(lambda x: x[:, index_I], data)
-            memory = jax.tree.map(lambda x: x[index_I], rollout.memory)
-            return part._replace(memory=memory), advantage, target
+        def pick(index_GI: jax.Array):
+            def environments(x: jax.Array) -> jax.Array:
+                return take(x.reshape(groups, count, *x.shape[1:]), index_GI).reshape(-1, *x.shape[1:])
 
-        return pick, config.environments
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), data)
-    return lambda index_I: jax.tree.map(lambda x: x[index_I], flat), config.environments * config.steps
+            part, advantage, target = jax.tree.map(jax.vmap(environments), data)
+            return part._replace(memory=jax.tree.map(environments, rollout.memory)), advantage, target
+
+        return pick, count
+
+    def rows(x: jax.Array) -> jax.Array:
+        x = x.reshape(config.steps, groups, count, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(groups, config.steps * count, *x.shape[3:])
+
+    data = jax.tree.map(rows, data)
+    return (
+        lambda index_GI: jax.tree.map(lambda x: take(x, index_GI).reshape(-1, *x.shape[2:]), data),
+        config.steps * count,
+    )

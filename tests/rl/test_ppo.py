@@ -79,8 +79,9 @@ def test_the_first_gradient_is_the_policy_gradient_worked_by_hand(env):
     assert metrics["entropy"] == pytest.approx(-(p * np.log(p)).sum(), rel=1e-5)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("torso", [MLP((7,)), MEMORY], ids=["mlp", "memory"])
-def test_minibatches_hold_each_step_once(env, torso):
+def test_minibatches_hold_each_step_once(env, torso, shards):
     """With a learning rate of 0 the ratio stays 1, so the mean over minibatches is that of one batch of everything."""
     hyper = PPOHyper(learning_rate=0.0)
     network = actor_critic((5,), spaces.Discrete(3), torso)
@@ -89,7 +90,7 @@ def test_minibatches_hold_each_step_once(env, torso):
         made = ppo.make(replace(CONFIG, normalise_advantage=False, **changes), env, network)
         return jax.jit(made.update)(made.init(jax.random.key(0), hyper, env.default_params))[1]
 
-    whole, parts = metrics(), metrics(epochs=2, minibatches=2)
+    whole, parts = metrics(), metrics(epochs=2, minibatches=2, shards=shards)
     for name in ("loss", "policy_loss", "value_loss", "entropy"):
         assert parts[name] == pytest.approx(float(whole[name]), rel=1e-4, abs=1e-6)
     assert abs(parts["kl"]) < 1e-6
@@ -133,11 +134,13 @@ def test_evaluation_plays_whole_episodes(env):
 
 
 def test_wrong_settings_are_named(env):
-    for name in ("environments", "steps", "updates", "epochs", "minibatches"):
+    for name in ("environments", "steps", "updates", "epochs", "minibatches", "shards"):
         with pytest.raises(ValueError, match=f"PPOConfig: {name} is 0, expected at least 1"):
             PPOConfig(**{name: 0})
     with pytest.raises(ValueError, match="3 environments x 5 steps are not divisible by minibatches 4"):
         PPOConfig(environments=3, steps=5, minibatches=4)
+    with pytest.raises(ValueError, match="3 environments are not divisible by shards 2"):
+        PPOConfig(environments=3, steps=4, minibatches=1, shards=2)
     network = actor_critic((5,), spaces.Discrete(3), MEMORY)
     with pytest.raises(ValueError, match="4 environments are not divisible by minibatches 5"):
         ppo.make(replace(CONFIG, minibatches=5), env, network)
