@@ -25,8 +25,8 @@ Several hosts run the same program, which begins with
 
 without arguments under Slurm, Open MPI and on Cloud TPUs, and before it imports gymnax or Brax, which compute as they
 are imported. CPUs need `jax.config.update("jax_cpu_collectives_implementation", "gloo")` before it. `jax.devices()` are
-then those of all hosts, and the lines above train over them. Parameters and metrics are whole on every host, but not
-the environments, and `seqmod.checkpoint` is for the arrays of one process: there one host saves parameters alone.
+then those of all hosts, and the lines above train over them. Parameters and metrics are whole on every host and can be
+read (`jax.device_get`), the environments cannot; `seqmod.checkpoint` is for runs of one process.
 
 A checkpoint made with some number of devices is gone on with by another; restored arrays lie where `like` says:
 
