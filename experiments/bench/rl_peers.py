@@ -252,14 +252,16 @@ def train_purejaxrl(run: Run) -> dict[str, Any]:
 def train_brax(run: Run) -> dict[str, Any]:
     """Brax's own PPO, seed after seed. Returns are means over 32 fresh episodes of the sampling policy; not timed.
 
-    It compiles on its first round of training, which is taken to have run as long as the mean of the others.
+    It compiles on its first rounds of training. Each of the two is taken to have run as long as the mean of the others.
     """
     jax, envs = importlib.import_module("jax"), importlib.import_module("brax.envs")
     train = importlib.import_module(f"brax.training.agents.{run.algorithm}.train").train
-    if run.checkpoints == 1:
-        raise ValueError("train_brax: checkpoints is 1, expected 0 or at least 2: the first round compiles")
+    if run.checkpoints in (1, 2):
+        raise ValueError(
+            f"train_brax: checkpoints is {run.checkpoints}, expected 0 or at least 3: the first two compile"
+        )
     # Without evaluation there is no report before training either.
-    evaluation = {"num_evals": run.checkpoints + 1} if run.checkpoints else {"num_evals": 4, "run_evals": False}
+    evaluation = {"num_evals": run.checkpoints + 1} if run.checkpoints else {"num_evals": 5, "run_evals": False}
     returns, at, compiled, seconds = [], [], [], []
     cache = tempfile.mkdtemp()  # so that the second seed needn't compile again
     jax.config.update("jax_compilation_cache_dir", cache)
@@ -279,8 +281,8 @@ def train_brax(run: Run) -> dict[str, Any]:
         if run.checkpoints:
             returns.append([float(metrics["eval/episode_reward"]) for _, metrics in reports])
         rounds = [at[0] / float(metrics["training/sps"]) for _, metrics in reports]
-        typical = sum(rounds[1:]) / (len(rounds) - 1)
-        compiled.append(rounds[0] - typical)
+        typical = sum(rounds[2:]) / (len(rounds) - 2)
+        compiled.append(sum(rounds[:2]) - 2 * typical)
         seconds.append(typical * len(rounds))
     shutil.rmtree(cache)
     times = {"compile_seconds": compiled[0], "run_seconds": [sum(seconds)]}
