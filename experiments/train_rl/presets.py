@@ -99,11 +99,12 @@ PRESETS: Mapping[tuple[str, str], Preset] = {
             max_grad_norm=10.0,
             anneal=False,
             normalise_observations=True,
+            normalise_rewards=True,
         ),
-        PPOHyper(learning_rate=1e-3, discount=0.995, entropy=0.0),
+        PPOHyper(learning_rate=1e-3, discount=0.9, entropy=0.0),
         _SILU,
         150_000,
-        "rejax gymnax/pendulum.yaml",
+        "rejax gymnax/pendulum.yaml, with the discount of zoo ppo.yml and normalised rewards",
     ),
     ("MinAtar", "ppo"): Preset(
         PPOConfig(environments=64, steps=128, epochs=4, minibatches=8),
@@ -178,27 +179,12 @@ PRESETS: Mapping[tuple[str, str], Preset] = {
             learning_starts=5_000,
             gradient_steps=5,
             batch=100,
-            target_period=1,
+            target_period=5,
         ),
-        DQNHyper(learning_rate=1e-3, tau=0.02, exploration=0.5),
+        DQNHyper(learning_rate=1e-3, tau=0.02, exploration=0.5, huber=1e6),
         _DUELING,
         100_000,
         "rejax gymnax/cartpole.yaml",
-    ),
-    ("Acrobot-v1", "dqn"): Preset(
-        DQNConfig(
-            environments=10,
-            steps=10,
-            capacity=10_000,
-            learning_starts=1_000,
-            gradient_steps=5,
-            batch=100,
-            target_period=100,
-        ),
-        DQNHyper(learning_rate=1e-3, exploration=0.5),
-        _DUELING,
-        100_000,
-        "rejax gymnax/acrobot.yaml; it counts the target's period in environment steps",
     ),
     ("MountainCar-v0", "dqn"): Preset(
         DQNConfig(
@@ -213,7 +199,7 @@ PRESETS: Mapping[tuple[str, str], Preset] = {
         DQNHyper(learning_rate=5e-3, discount=1.0, exploration=0.5),
         replace(_DUELING, activation="tanh"),
         100_000,
-        "rejax gymnax/mountaincar.yaml; it counts the target's period in environment steps",
+        "rejax gymnax/mountaincar.yaml; it moves the target by 1 % every 200 environment steps",
     ),
     ("MinAtar", "dqn"): Preset(
         DQNConfig(environments=16, capacity=100_000, learning_starts=5_008, batch=32, target_period=1_000),
@@ -264,7 +250,13 @@ PRESETS: Mapping[tuple[str, str], Preset] = {
     ("*", "sac"): Preset(
         SACConfig(), SACHyper(), NetworkOptions(hidden=(256, 256), activation="relu"), 100_000, "own choice", seeds=1
     ),
-    ("*", "dqn"): Preset(DQNConfig(), DQNHyper(), _TANH, 200_000, "own choice"),
+    ("*", "dqn"): Preset(
+        DQNConfig(capacity=65_536, gradient_steps=4, batch=64, target_period=1, anneal=True),
+        DQNHyper(tau=0.02, huber=100.0),
+        NetworkOptions(activation="relu"),
+        100_000,
+        "own choice",
+    ),
 }
 """By a name, by a family of environments (MinAtar, brax), or for all others (*)."""
 
