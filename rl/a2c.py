@@ -192,7 +192,7 @@ def make(config: A2CConfig, env: Any, network: Network) -> Algorithm:
         return new, {
             **metrics,
             "grad_norm": optax.tree.norm(grads),
-            "bad_observations": bad_values(outcome.final_obs),
+            "bad_observations": bad_values((rollout.obs_TE, outcome.final_obs)),
             **episode_metrics(outcome),
         }
 

@@ -216,7 +216,7 @@ def make(config: PPOConfig, env: Any, network: Network) -> Algorithm:
         return new, {
             **jax.tree.map(jnp.mean, metrics),
             "explained_variance": explained,
-            "bad_observations": bad_values(outcome.final_obs),
+            "bad_observations": bad_values((rollout.obs_TE, outcome.final_obs)),
             **episode_metrics(outcome),
         }
 
