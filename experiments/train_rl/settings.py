@@ -143,6 +143,8 @@ def plan(settings: Settings[Any, Any]) -> Plan:
     options: dict[str, Any] = {} if settings.backend is None else {"backend": settings.backend}
     if options and not settings.env.startswith("brax/"):
         raise ValueError(f"--backend is of Brax environments, which {settings.env} is not")
+    if dataclasses.asdict(settings.config).get("params_per_env"):
+        raise ValueError("--config.params-per-env needs parameters for every environment: use the algorithm in Python")
     env, env_params = make(settings.env, max_steps=settings.max_steps, **options)
     entry = ALGORITHMS[settings.algo]
     horizon, config = int(env_params.max_steps_in_episode), settings.config

@@ -212,6 +212,7 @@ def to_bytes(leaf) -> bytes:
         (["--steps", "200"], "--steps is 200, less than one update, which takes 256 steps"),
         (["--seeds", "0"], "--seeds is 0, expected at least 1"),
         (["--max-steps", "0"], "max_steps is 0, expected at least 1"),
+        (["--config.params-per-env"], "--config.params-per-env needs parameters for every environment"),
         (["--config.updates", "7"], "--config.updates follows from --steps"),
         (["--network", "hydra"], "--network is 'hydra', expected auto, mlp, cnn, or one of"),
         (["--network", "cnn"], "observations have shape (4,), expected (H, W, C)"),
