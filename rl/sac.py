@@ -189,10 +189,10 @@ def make(config: SACConfig, env: Any, network: ActorCritics) -> Algorithm:
         )
 
         def gradient_step(carry: tuple[Any, ...], x: tuple[Transition, jax.Array]):
-            (params, target, opt_state, learned), (part, key) = carry, x
-            grads, metrics = jax.grad(loss, has_aux=True)(params, target, hyper, part, key)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
+            (old, target, opt_state, learned), (part, key) = carry, x
+            grads, metrics = jax.grad(loss, has_aux=True)(old, target, hyper, part, key)
+            updates, opt_state = tx.update(grads, opt_state, old)
+            params: Any = optax.apply_updates(old, updates)
             target = optax.incremental_update(params.critics, target, hyper.tau)
             return (params, target, opt_state, learned + 1), metrics | {"grad_norm": optax.tree.norm(grads)}
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from rl import networks, sac
+from rl.algorithm import check_finite, evaluate
 from rl.envs import probe
+from rl.envs.make import make
 from rl.networks import MLP
 from rl.sac import SACConfig, SACHyper
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ONE = SACConfig(environments=1, steps=1, updates=1, capacity=1, learning_starts=1, gradient_steps=1, batch=20_011)
 LOG_STD = -1.5
@@ -27,6 +27,28 @@ def _linear(env):
 def _critics(kernel_2F, bias_2):
     """Two values, linear in (observation, action)."""
     return [{"kernel": jnp.array(kernel_2F)[..., None], "bias": jnp.array(bias_2)[:, None]}]
+
+
+@pytest.mark.slow
+def test_it_learns_pendulum():
+    env, env_params = make("Pendulum-v1")
+    network = networks.squashed_actor_critics((3,), env.action_space(env_params), MLP((64, 64), "relu"))
+    config = SACConfig(environments=4, updates=80, capacity=32_768, gradient_steps=1, batch=128)
+    hyper = SACHyper(learning_rate=3e-3, discount=0.95)
+    algorithm, train = sac.make(config, env, network), sac.make_train(config, env, network)
+
+    def run(key):
+        k_train, k_evaluate = jax.random.split(key)
+        state, metrics = train(k_train, hyper)
+        return evaluate(algorithm, state, k_evaluate, env, env_params, episodes=32, horizon=200).return_B, metrics
+
+    # `vmap` transposes keys, which the checker takes for their use.
+    with jax.debug_key_reuse(False):
+        return_SB, metrics = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 3))
+    check_finite(metrics)
+    assert config.updates * algorithm.steps_per_update < 21_000
+    # Random actions get about -1200.
+    assert return_SB.mean(1).min() > -250, return_SB.mean(1)
 
 
 @pytest.mark.parametrize(
