@@ -4,8 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rl.distributions import categorical_log_prob, gaussian_entropy, gaussian_log_prob
+from rl.distributions import categorical_entropy, categorical_log_prob, gaussian_entropy, gaussian_log_prob
 
 
 class Categorical(NamedTuple):
@@ -35,8 +36,7 @@ class Categorical(NamedTuple):
 
     def entropy(self) -> jax.Array:
         """In nats (...)."""
-        log_prob = jax.nn.log_softmax(self.logits)
-        return -(jnp.exp(log_prob) * log_prob).sum(-1)
+        return categorical_entropy(self.logits)
 
 
 class Gaussian(NamedTuple):
@@ -79,15 +79,15 @@ Policy = Categorical | Gaussian
 class Bounds(NamedTuple):
     """A box of actions: `low` and `high`, shape (A,) or that of an action."""
 
-    low: jax.Array
-    high: jax.Array
+    low: np.ndarray
+    high: np.ndarray
 
 
 def bounds(space: Any) -> Bounds:
     """Bounds of a gymnax Box. Raises ValueError for a box that is not finite: policies are scaled to it."""
-    low = jnp.broadcast_to(jnp.asarray(space.low, jnp.float32), space.shape)
-    high = jnp.broadcast_to(jnp.asarray(space.high, jnp.float32), space.shape)
-    if not bool(jnp.isfinite(low).all() & jnp.isfinite(high).all() & (low < high).all()):
+    # In NumPy, as this may be asked for while a whole training run is being traced.
+    low, high = (np.broadcast_to(np.asarray(x, np.float32), space.shape) for x in (space.low, space.high))
+    if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
         raise ValueError(f"action space is a Box from {low} to {high}, expected finite bounds, low below high")
     return Bounds(low, high)
 
@@ -97,12 +97,12 @@ def to_box(box: Bounds, action: jax.Array) -> jax.Array:
     bounds they are clipped, and their density is still that of the unbounded action, as in most implementations of PPO
     (Huang et al., "The 37 implementation details of PPO", 2022)."""
     lead = (1,) * (action.ndim - box.low.ndim)
-    low, high = (x.reshape(*lead, *x.shape) for x in box)
+    low, high = (jnp.asarray(x).reshape(*lead, *x.shape) for x in box)
     return low + (jnp.clip(action, -1.0, 1.0) + 1.0) * 0.5 * (high - low)
 
 
 def from_box(box: Bounds, action: jax.Array) -> jax.Array:
     """The inverse of `to_box`: actions of the environment (..., *shape) with the bounds at -1 and 1."""
     lead = (1,) * (action.ndim - box.low.ndim)
-    low, high = (x.reshape(*lead, *x.shape) for x in box)
+    low, high = (jnp.asarray(x).reshape(*lead, *x.shape) for x in box)
     return 2.0 * (action - low) / (high - low) - 1.0
