@@ -3,7 +3,7 @@
 Each peer runs in a virtual environment of its own below `.cache/bench/rl`, with the versions that it needs, one process
 a run. The functions `train_*` run inside of it and load by name what is installed there. Hyperparameters are the peer's
 own published ones for the environment, with the changes that are named in `RUNS`. Results go to `rl_peers.json`, after
-each run; runs that are there already aren't repeated.
+each run; those that are there aren't repeated, unless they failed.
 
 Command: python -m experiments.bench.rl_peers [--only TEXT] [--again] [--purejaxrl REPOSITORY]
 """
@@ -225,6 +225,19 @@ def train_purejaxrl(run: Run) -> dict[str, Any]:
     # Its wrappers import the grid worlds that only another of its files uses.
     sys.modules["navix"] = types.ModuleType("navix")
     peer = importlib.import_module(run.algorithm)
+    linen = importlib.import_module("flax.linen")
+
+    class GRUCell:
+        """As an older flax had it, with the hidden size that ppo_rnn.py uses."""
+
+        def __new__(cls):
+            return linen.GRUCell(features=128)
+
+        @staticmethod
+        def initialize_carry(key, batch, size):
+            return jnp.zeros((*batch, size))
+
+    vars(peer)["nn"] = types.SimpleNamespace(**vars(linen) | {"GRUCell": GRUCell})
     if run.backend:
         vars(peer)["BraxGymnaxWrapper"] = partial(vars(peer)["BraxGymnaxWrapper"], backend=run.backend)
     config = run.settings | {"TOTAL_TIMESTEPS": run.steps, "ENV_NAME": run.env}
@@ -339,17 +352,17 @@ def environment(peer: str, purejaxrl: str = PUREJAXRL) -> Path:
 
 def ask(run: Run, patience: float = 1200, purejaxrl: str = PUREJAXRL) -> dict[str, Any]:
     """The answer of a process in the peer's environment; {"failed": reason} if there is none in `patience` seconds."""
+    quiet = {"PYTHONWARNINGS": "ignore", "JAX_TRACEBACK_FILTERING": "off"}  # so that the error is the last line
+    variables = os.environ | quiet | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
     try:
         python = environment(run.peer, purejaxrl)
         command = [str(python), "-m", "experiments.bench.rl_peers", "--answer", json.dumps(asdict(run))]
-        hide = {"PYTHONWARNINGS": "ignore", "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
-        process = subprocess.run(
-            command, cwd=ROOT, env=os.environ | hide, capture_output=True, text=True, timeout=patience, check=False
-        )
-    except (RuntimeError, subprocess.TimeoutExpired) as error:
-        return {
-            "failed": f"no answer in {patience:.0f} s" if isinstance(error, subprocess.TimeoutExpired) else str(error)
-        }
+        options = {"capture_output": True, "text": True, "check": False, "timeout": patience}
+        process = subprocess.run(command, cwd=ROOT, env=variables, **options)
+    except RuntimeError as error:
+        return {"failed": str(error)}
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no answer in {patience:.0f} s"}
     if process.returncode:
         return {"failed": (process.stderr.strip() or "no message").splitlines()[-1][:300]}
     return json.loads(process.stdout.splitlines()[-1])
@@ -387,7 +400,8 @@ def main() -> None:
         return
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for run in RUNS:
-        if options.only not in run.name or (run.name in kept and not options.again):
+        done = run.name in kept and "failed" not in kept[run.name]
+        if options.only not in run.name or (done and not options.again):
             continue
         result = ask(run, options.patience, options.purejaxrl)
         record(run, result)
