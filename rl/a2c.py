@@ -94,7 +94,7 @@ def make(config: A2CConfig, env: Any, network: Network) -> Algorithm:
         return normalise.normalise(seen, obs) if config.normalise_observations else obs
 
     def optimiser(hyper: A2CHyper, update: jax.Array) -> optax.GradientTransformation:
-        left = 1.0 - update / config.updates if config.anneal else 1.0
+        left = jnp.maximum(1.0 - update / config.updates, 0.0) if config.anneal else 1.0
         adam = config.optimiser == "adam"
         return optax.chain(
             optax.clip_by_global_norm(config.max_grad_norm),
@@ -188,11 +188,11 @@ def make(config: A2CConfig, env: Any, network: Network) -> Algorithm:
             update=state.update + 1,
         )
         if config.normalise_observations:
-            new = new._replace(observations=normalise.update(state.observations, outcome.final_obs))
+            new = new._replace(observations=normalise.update(state.observations, rollout.raw_obs_TE))
         return new, {
             **metrics,
             "grad_norm": optax.tree.norm(grads),
-            "bad_observations": bad_values((rollout.obs_TE, outcome.final_obs)),
+            "bad_observations": bad_values((rollout.raw_obs_TE, outcome.final_obs)),
             **episode_metrics(outcome),
         }
 

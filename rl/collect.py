@@ -14,10 +14,12 @@ from rl.vector import Environment, Envs, Outcome
 
 class Rollout(NamedTuple):
     """T steps of E environments: what the network saw, `obs_TE` and `first_TE` (whether an episode begins there), from
-    `memory` before the first step; `action_TE` as the policy drew it, `log_prob_TE`, `value_TE`; `next_value_TE` of
-    what each step led to, before any reset; and the environments' `outcome`."""
+    `memory` before the first step, and `raw_obs_TE`, that before `see`; `action_TE` as the policy drew it,
+    `log_prob_TE`, `value_TE`; `next_value_TE` of what each step led to, before any reset; and the environments'
+    `outcome`."""
 
     obs_TE: jax.Array
+    raw_obs_TE: jax.Array
     first_TE: jax.Array
     memory: Any
     action_TE: jax.Array
@@ -65,8 +67,8 @@ def collect(
 
     def one(carry: tuple[Envs, Any], x: tuple[jax.Array, Any, jax.Array]):
         (envs, memory), (k_step_E, fresh, noise) = carry, x
-        obs, first_E = see(envs.obs), envs.first_E
-        (policy, value_E), memory = network.step(params, obs, reset_memory(network, memory, first_E))
+        obs, first_E = envs.obs, envs.first_E
+        (policy, value_E), memory = network.step(params, see(obs), reset_memory(network, memory, first_E))
         action = policy.draw(noise)
         envs, outcome = vector.advance(k_step_E, envs, to_env(action), fresh, env, env_params, params_axis=params_axis)
         record = (obs, first_E, action, policy.log_prob(action), value_E, outcome)
@@ -81,7 +83,7 @@ def collect(
         return (envs, memory), (record, None)
 
     (envs, memory), (record, final_TE) = jax.lax.scan(one, (envs, memory), (k_step_TE, fresh_T, noise_T))
-    obs_TE, first_TE, action_TE, log_prob_TE, value_TE, outcome = record
+    raw_obs_TE, first_TE, action_TE, log_prob_TE, value_TE, outcome = record
     (_, last_value_E), _ = network.step(params, see(envs.obs), reset_memory(network, memory, envs.first_E))
     next_value_TE = jnp.concatenate([value_TE[1:], last_value_E[None]])
     if not network.recurrent:
@@ -92,7 +94,17 @@ def collect(
         )
     next_value_TE = jnp.where(outcome.truncated_E, final_TE, next_value_TE)
     return (
-        Rollout(obs_TE, first_TE, before, action_TE, log_prob_TE, value_TE, next_value_TE, outcome),
+        Rollout(
+            obs_TE=see(raw_obs_TE),
+            raw_obs_TE=raw_obs_TE,
+            first_TE=first_TE,
+            memory=before,
+            action_TE=action_TE,
+            log_prob_TE=log_prob_TE,
+            value_TE=value_TE,
+            next_value_TE=next_value_TE,
+            outcome=outcome,
+        ),
         envs,
         memory,
     )

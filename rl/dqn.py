@@ -113,7 +113,7 @@ def make(config: DQNConfig, env: Any, network: Network) -> Algorithm:
         return network.step(params, obs, ())[0]
 
     def optimiser(hyper: DQNHyper, update: jax.Array) -> optax.GradientTransformation:
-        left = 1.0 - update / config.updates if config.anneal else 1.0
+        left = jnp.maximum(1.0 - update / config.updates, 0.0) if config.anneal else 1.0
         return optax.chain(
             optax.clip_by_global_norm(config.max_grad_norm),
             optax.scale_by_adam(),
@@ -201,10 +201,11 @@ def make(config: DQNConfig, env: Any, network: Network) -> Algorithm:
                 return learner, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learn, learner)[1])
 
             learner, metrics = jax.lax.cond(buffer.size >= config.learning_starts, learn, wait, learner)
-            return (learner, envs, buffer), (outcome, metrics)
+            return (learner, envs, buffer), (obs, outcome, metrics)
 
         learner = (state.params, state.target, state.opt_state, state.learned)
-        (learner, envs, buffer), (outcome, metrics) = jax.lax.scan(one, (learner, state.envs, state.replay), draws)
+        (learner, envs, buffer), record = jax.lax.scan(one, (learner, state.envs, state.replay), draws)
+        obs_TE, outcome, metrics = record
         params, target, opt_state, learned = learner
         new = state._replace(
             params=params,
@@ -216,13 +217,13 @@ def make(config: DQNConfig, env: Any, network: Network) -> Algorithm:
             update=state.update + 1,
         )
         if config.normalise_observations:
-            new = new._replace(observations=normalise.update(state.observations, outcome.final_obs))
+            new = new._replace(observations=normalise.update(state.observations, obs_TE))
         # Of the gradient steps that were taken; 0 where none was.
         count = jnp.maximum(learned - state.learned, 1)
         return new, {
             **jax.tree.map(lambda x: x.sum() / count, metrics),
             "epsilon": epsilon(hyper, draws[0][-1]),
-            "bad_observations": bad_values(outcome.final_obs),
+            "bad_observations": bad_values((obs_TE, outcome.final_obs)),
             **episode_metrics(outcome),
         }
 

@@ -148,7 +148,7 @@ def make(config: GroupConfig, env: Any, network: Network) -> Algorithm:
         # What an episode seems to show after its end is not to be learned from or counted.
         obs = jnp.where(valid_BL.reshape(*valid_BL.shape, *(1,) * (obs.ndim - 2)), obs, 0)
         batch = batch._replace(inputs=see(state.observations, obs))
-        left = 1.0 - state.update / config.updates if config.anneal else 1.0
+        left = jnp.maximum(1.0 - state.update / config.updates, 0.0) if config.anneal else 1.0
         learned, metrics = grpo.improve(
             config.optimiser,
             log_prob,

@@ -19,7 +19,7 @@ import optax
 from rl import normalise, vector
 from rl.algorithm import Algorithm, Train, bad_values, trainer
 from rl.collect import Rollout, collect
-from rl.losses import approximate_kl, clip_loss, value_loss
+from rl.losses import approximate_kl, clip_loss, normalise_advantage, value_loss
 from rl.networks import Network, is_discrete, unroll
 from rl.normalise import Moments, RewardScale
 from rl.policies import bounds, to_box
@@ -111,7 +111,7 @@ def make(config: PPOConfig, env: Any, network: Network) -> Algorithm:
         return normalise.normalise(seen, obs) if config.normalise_observations else obs
 
     def optimiser(hyper: PPOHyper, update: jax.Array) -> optax.GradientTransformation:
-        left = (config.updates - update) / config.updates if config.anneal else 1.0
+        left = jnp.maximum(1.0 - update / config.updates, 0.0) if config.anneal else 1.0
         return optax.chain(
             optax.clip_by_global_norm(config.max_grad_norm),
             optax.scale_by_adam(eps=1e-5),
@@ -139,9 +139,9 @@ def make(config: PPOConfig, env: Any, network: Network) -> Algorithm:
 
     def loss(params: Any, hyper: PPOHyper, part: Rollout, advantage: jax.Array, target: jax.Array):
         (policy, value), _ = unroll(network, params, part.obs_TE, part.first_TE, part.memory)
-        if config.normalise_advantage:
-            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         log_prob, everywhere = policy.log_prob(part.action_TE), jnp.ones(advantage.shape, bool)
+        if config.normalise_advantage:
+            advantage = normalise_advantage(advantage, everywhere)
         policy_loss = clip_loss(log_prob, part.log_prob_TE, advantage, everywhere, hyper.clip)
         old_value, clip = (part.value_TE, hyper.clip) if config.clip_value else (None, None)
         critic_loss = value_loss(value, target, everywhere, old_value, clip)
@@ -212,11 +212,11 @@ def make(config: PPOConfig, env: Any, network: Network) -> Algorithm:
             update=state.update + 1,
         )
         if config.normalise_observations:
-            new = new._replace(observations=normalise.update(state.observations, outcome.final_obs))
+            new = new._replace(observations=normalise.update(state.observations, rollout.raw_obs_TE))
         return new, {
             **jax.tree.map(jnp.mean, metrics),
             "explained_variance": explained,
-            "bad_observations": bad_values((rollout.obs_TE, outcome.final_obs)),
+            "bad_observations": bad_values((rollout.raw_obs_TE, outcome.final_obs)),
             **episode_metrics(outcome),
         }
 
@@ -238,7 +238,7 @@ def _minibatches(
     """A function from indices (G, I) to (part of the rollout, its advantages, its targets), and the number of rows to
     index in each of the G `shards`: steps, or environments where the order of steps matters."""
     # What the loss does not read would be gathered for nothing.
-    data = (rollout._replace(outcome=None, next_value_TE=None, memory=None), advantage_TE, target_TE)
+    data = (rollout._replace(raw_obs_TE=None, outcome=None, next_value_TE=None, memory=None), advantage_TE, target_TE)
     groups, count = config.shards, config.environments // config.shards
 
     def take(x_GR: jax.Array, index_GI: jax.Array) -> jax.Array:

@@ -220,10 +220,11 @@ def make(config: SACConfig, env: Any, network: ActorCritics) -> Algorithm:
                 return learner, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learn, learner)[1])
 
             learner, metrics = jax.lax.cond(buffer.size >= config.learning_starts, learn, wait, learner)
-            return (learner, envs, buffer), (outcome, metrics)
+            return (learner, envs, buffer), (obs, outcome, metrics)
 
         learner = (state.params, state.target, state.opt_state, state.learned)
-        (learner, envs, buffer), (outcome, metrics) = jax.lax.scan(one, (learner, state.envs, state.replay), draws)
+        (learner, envs, buffer), record = jax.lax.scan(one, (learner, state.envs, state.replay), draws)
+        obs_TE, outcome, metrics = record
         params, target, opt_state, learned = learner
         new = state._replace(
             params=params,
@@ -235,12 +236,12 @@ def make(config: SACConfig, env: Any, network: ActorCritics) -> Algorithm:
             update=state.update + 1,
         )
         if config.normalise_observations:
-            new = new._replace(observations=normalise.update(state.observations, outcome.final_obs))
+            new = new._replace(observations=normalise.update(state.observations, obs_TE))
         # Of the gradient steps that were taken; 0 where none was.
         count = jnp.maximum(learned - state.learned, 1)
         return new, {
             **jax.tree.map(lambda x: x.sum() / count, metrics),
-            "bad_observations": bad_values(outcome.final_obs),
+            "bad_observations": bad_values((obs_TE, outcome.final_obs)),
             **episode_metrics(outcome),
         }
 

@@ -314,6 +314,32 @@ def test_observations_that_are_not_finite_are_counted_and_refused(row):
 
 
 @EACH
+def test_observations_are_normalised_by_those_that_were_acted_on(row):
+    """Not by the last one of an episode, which no action follows."""
+    env = ProbeEnv(lambda time, cue: jnp.where(time == 0, cue, 9.0), lambda *_: 1.0, row.continuous)
+    config = replace(row.tiny, normalise_observations=True)
+    algorithm = row.module.make(config, env, row.network(env.action_space(env.default_params)))
+    state = algorithm.init(jax.random.key(0), row.hyper, env.default_params)
+    seen = jax.jit(algorithm.update)(state)[0].observations
+    assert abs(seen.mean) < 1
+    # Of observations that are -1 or 1; the start has the weight of 1e-4 samples.
+    np.testing.assert_allclose(seen.variance, 1 - np.square(seen.mean), rtol=1e-3)
+
+
+@pytest.mark.parametrize("row", [row for row in TINY if row.module is not sac], ids=lambda row: row.name)
+def test_a_learning_rate_that_has_fallen_to_nothing_stays_there(row):
+    """Updates beyond those of the config change nothing; the learning rate must not become negative."""
+    algorithm = row.module.make(replace(row.tiny, anneal=True), *row.build())
+    update = jax.jit(algorithm.update)
+    state = algorithm.init(jax.random.key(0), row.hyper, Choice(jnp.int32(TASK)))
+    for _ in range(UPDATES):
+        state, _ = update(state)
+    after, metrics = update(state._replace(update=state.update + 2))
+    assert metrics["grad_norm"] > 0
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+
+
+@EACH
 def test_rollouts_of_length_zero_are_refused(row):
     name = "horizon" if row.module is group else "steps"
     with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
