@@ -23,6 +23,13 @@ def test_a_categorical_policy_is_its_probabilities():
     np.testing.assert_allclose(share, [0.2, 0.5, 0.3], atol=0.03)
 
 
+def test_an_action_that_is_ruled_out_has_no_part_in_the_entropy():
+    logits = jnp.array([0.3, -jnp.inf, 0.3])
+    entropy, grad = jax.value_and_grad(lambda logits: Categorical(logits).entropy())(logits)
+    assert entropy == pytest.approx(np.log(2), rel=1e-6)
+    np.testing.assert_allclose(grad, np.zeros(3), atol=1e-6)
+
+
 def test_a_gaussian_policy_is_a_product_of_normals():
     mean, log_std = jnp.array([[0.3, -1.0]]), jnp.array([[-0.5, 0.2]])
     policy, x = Gaussian(mean, log_std), jnp.array([[0.1, 0.4]])
