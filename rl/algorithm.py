@@ -63,7 +63,10 @@ def evaluate(
     keep: Callable[[Any], Any] = lambda state: None,
 ) -> Episodes:
     """Whole episodes, each at most `horizon` steps, of the policy as it is. `recorded` is what `keep` picks of the
-    environments' states before each step, and the actions."""
+    environments' states before each step, and the actions. Raises ValueError where there would be none."""
+    for name, value in (("episodes", episodes), ("horizon", horizon)):
+        if value < 1:
+            raise ValueError(f"evaluate: {name} is {value}, expected at least 1")
 
     def policy(k_act: jax.Array, step: Step, memory: Any):
         action_B, memory = algorithm.act(state, None if greedy else k_act, step.obs_BF, memory)

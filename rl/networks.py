@@ -136,9 +136,10 @@ def torso(config: Torso, obs_shape: tuple[int, ...]) -> tuple[Network, int]:
 
 def actor_critic(obs_shape: tuple[int, ...], action_space: Any, config: Torso = MLP(), *, shared: bool = False):
     """A network whose outputs are (policy, value (...)): a `Policy` over a gymnax Discrete or Box space, for which
-    policy and value have torsos of their own unless `shared`. A memory is always shared."""
+    policy and value have torsos of their own unless `shared`. A memory is always shared. Raises ValueError for a Box
+    whose actions are no vectors."""
     discrete = is_discrete(action_space)
-    actions = action_space.n if discrete else math.prod(action_space.shape)
+    actions = action_space.n if discrete else _action_size("actor_critic", action_space)
     body, size = torso(config, obs_shape)
     shared = shared or body.recurrent
 
@@ -204,10 +205,11 @@ def squashed_actor_critics(
     obs_shape: tuple[int, ...], action_space: Any, config: MLP = MLP((256, 256), "relu")
 ) -> ActorCritics:
     """Actor and twin critics for a gymnax Box, as in SAC (Haarnoja et al., arXiv 1812.05905), over the flattened
-    observation; the log of the standard deviation is kept in [-5, 2]. Raises ValueError for another space."""
+    observation; the log of the standard deviation is kept in [-5, 2]. Raises ValueError for another space, and for a
+    Box whose actions are no vectors."""
     if is_discrete(action_space):
         raise ValueError(f"squashed_actor_critics: action space is {type(action_space).__name__}, expected a Box")
-    inputs, actions = math.prod(obs_shape), math.prod(action_space.shape)
+    inputs, actions = math.prod(obs_shape), _action_size("squashed_actor_critics", action_space)
 
     def act(params: Params, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
         mean, spread = jnp.split(mlp(params, config, _flat(obs, obs_shape)), 2, axis=-1)
@@ -235,6 +237,12 @@ def is_discrete(action_space: Any) -> bool:
     if hasattr(action_space, "low"):
         return False
     raise ValueError(f"action space is {type(action_space).__name__}, expected a Discrete or a Box")
+
+
+def _action_size(name: str, box: Any) -> int:
+    if len(box.shape) != 1:
+        raise ValueError(f"{name}: action space is a Box of shape {box.shape}, expected (A,)")
+    return box.shape[0]
 
 
 def reset_memory(network: Network, memory: Any, first_B: jax.Array) -> Any:

@@ -95,7 +95,14 @@ def bounds(space: Any) -> Bounds:
 def to_box(box: Bounds, action: jax.Array) -> jax.Array:
     """Unbounded actions (..., *shape), for which -1 and 1 are the bounds, as actions of the environment; beyond the
     bounds they are clipped, and their density is still that of the unbounded action, as in most implementations of PPO
-    (Huang et al., "The 37 implementation details of PPO", 2022)."""
+    (Huang et al., "The 37 implementation details of PPO", 2022). Raises ValueError for actions of another shape, and
+    for integers, which are of a policy over a Discrete space."""
+    shape = action.shape[action.ndim - box.low.ndim :]
+    if shape != box.low.shape or not jnp.issubdtype(action.dtype, jnp.floating):
+        raise ValueError(
+            f"to_box: actions are {action.dtype} of shape {action.shape}, expected floats whose last axes are "
+            f"{box.low.shape}: the network must be made for the environment's action space"
+        )
     lead = (1,) * (action.ndim - box.low.ndim)
     low, high = (jnp.asarray(x).reshape(*lead, *x.shape) for x in box)
     return low + (jnp.clip(action, -1.0, 1.0) + 1.0) * 0.5 * (high - low)

@@ -1,5 +1,6 @@
 """Networks: a memory run step by step equals each episode by itself; a convolution equals a loop."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from gymnax.environments import spaces
 
-from rl.networks import CNN, MLP, Memory, actor_critic, torso, unroll
+from rl.networks import CNN, MLP, Memory, actor_critic, squashed_actor_critics, torso, unroll
 from rl.policies import Categorical, Gaussian
 from seqmod import backbone
 from seqmod.config import BackboneConfig
@@ -98,3 +99,9 @@ def test_wrong_settings_are_named():
         torso(CNN((3, 3), 3), (4, 9, 1))
     with pytest.raises(ValueError, match="expected a Discrete or a Box"):
         actor_critic((3,), spaces.Tuple([spaces.Discrete(2)]), MLP())
+    for shape in ((), (2, 3)):
+        for make in (actor_critic, squashed_actor_critics):
+            with pytest.raises(
+                ValueError, match=f"{make.__name__}: action space is a Box of shape {re.escape(str(shape))}"
+            ):
+                make((3,), spaces.Box(-1.0, 1.0, shape))

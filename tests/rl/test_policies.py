@@ -47,6 +47,13 @@ def test_actions_between_minus_one_and_one_fill_the_box():
     np.testing.assert_allclose(to_box(box, action), [[-2.0, 10.0], [0.0, 7.5], [2.0, 0.0]])
 
 
+def test_actions_that_are_not_of_the_box_are_refused():
+    box = bounds(spaces.Box(-1.0, 1.0, (2,)))
+    for action, found in ((jnp.zeros((5, 2), jnp.int32), "int32"), (jnp.zeros((5, 3)), r"\(5, 3\)")):
+        with pytest.raises(ValueError, match=f"to_box: actions are .*{found}"):
+            to_box(box, action)
+
+
 def test_a_box_without_bounds_is_refused():
     with pytest.raises(ValueError, match="expected finite bounds"):
         bounds(spaces.Box(-jnp.inf, jnp.inf, (3,)))

@@ -131,6 +131,9 @@ def test_evaluation_plays_whole_episodes(env):
     success = np.asarray(right.sum(0) == episodes.length_B) & np.asarray(episodes.final_state.length <= 3)
     np.testing.assert_allclose(episodes.return_B, 0.5 * right.sum(0) + success)
     assert int(episodes.length_B.max()) <= 3
+    for wrong in ({"episodes": 0, "horizon": 3}, {"episodes": 7, "horizon": 0}):
+        with pytest.raises(ValueError, match=r"evaluate: (episodes|horizon) is 0, expected at least 1"):
+            algorithm.evaluate(made, state, jax.random.key(1), env, env.default_params, **wrong)
 
 
 def test_wrong_settings_are_named(env):
