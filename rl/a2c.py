@@ -177,7 +177,8 @@ def make(config: A2CConfig, env: Any, network: Network) -> Algorithm:
         outcome, rewards, reward_TE = rollout.outcome, state.rewards, rollout.outcome.reward_E
         if config.normalise_rewards:
             reward_TE, rewards = normalise.scale_rewards(rewards, reward_TE, outcome.done_E, hyper.discount)
-        grads, metrics = jax.grad(loss, has_aux=True)(state.params, hyper, rollout, *weights(rollout, reward_TE, hyper))
+        advantage_TE, target_TE, mask_TE = weights(rollout, reward_TE, hyper)
+        grads, metrics = jax.grad(loss, has_aux=True)(state.params, hyper, rollout, advantage_TE, target_TE, mask_TE)
         updates, opt_state = optimiser(hyper, state.update).update(grads, state.opt_state, state.params)
         new = state._replace(
             params=optax.apply_updates(state.params, updates),
@@ -193,7 +194,7 @@ def make(config: A2CConfig, env: Any, network: Network) -> Algorithm:
             **metrics,
             "grad_norm": optax.tree.norm(grads),
             "bad_observations": bad_values((rollout.raw_obs_TE, outcome.final_obs)),
-            **episode_metrics(outcome),
+            **episode_metrics(outcome, mask_TE),
         }
 
     def act(state: A2CState, key: jax.Array | None, obs_B: jax.Array, memory: Any) -> tuple[jax.Array, Any]:

@@ -143,10 +143,10 @@ def advance(
     return after, Outcome(obs, reward_E, terminated_E, truncated_E, return_E, length_E)
 
 
-def episode_metrics(outcome: Outcome) -> dict[str, jax.Array]:
-    """Of the episodes that ended within steps (T, E): `episodes` their number, and the means of `episode_return` and
-    `episode_length`, NaN where none ended."""
-    done = outcome.done_E
+def episode_metrics(outcome: Outcome, mask: jax.Array | bool = True) -> dict[str, jax.Array]:
+    """Of the episodes that ended within steps (T, E), in one where `mask` (T, E) is true: `episodes` their number, and
+    the means of `episode_return` and `episode_length`, NaN where none ended."""
+    done = outcome.done_E & mask
     count = done.sum()
     mean = {
         name: jnp.where(done, value, 0).sum() / count

@@ -326,6 +326,16 @@ def test_observations_are_normalised_by_those_that_were_acted_on(row):
     np.testing.assert_allclose(seen.variance, 1 - np.square(seen.mean), rtol=1e-3)
 
 
+def test_reinforce_counts_the_episodes_that_it_learns_from():
+    """The first of each environment: those that end in time after it are the short ones."""
+    row = next(row for row in TINY if row.name == "reinforce")
+    env = ProbeEnv(lambda time, cue: cue, lambda *_: 1.0, False, length=2)
+    algorithm = row.module.make(row.tiny, env, row.network(env.action_space(env.default_params)))
+    state = algorithm.init(jax.random.key(0), row.hyper, env.default_params)
+    assert row.tiny.steps > 2 * env.length
+    assert jax.jit(algorithm.update)(state)[1]["episodes"] == row.tiny.environments
+
+
 @pytest.mark.parametrize("row", [row for row in TINY if row.module is not sac], ids=lambda row: row.name)
 def test_a_learning_rate_that_has_fallen_to_nothing_stays_there(row):
     """Updates beyond those of the config change nothing; the learning rate must not become negative."""
