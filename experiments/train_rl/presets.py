@@ -180,11 +180,12 @@ PRESETS: Mapping[tuple[str, str], Preset] = {
             gradient_steps=5,
             batch=100,
             target_period=5,
+            anneal=True,
         ),
         DQNHyper(learning_rate=1e-3, tau=0.02, exploration=0.5, huber=1e6),
         _DUELING,
         100_000,
-        "rejax gymnax/cartpole.yaml",
+        "rejax gymnax/cartpole.yaml, whose learning rate is constant",
     ),
     ("MountainCar-v0", "dqn"): Preset(
         DQNConfig(

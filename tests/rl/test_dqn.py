@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rl import dqn, networks
-from rl.algorithm import check_finite
+from rl.algorithm import check_finite, evaluate
 from rl.dqn import DQNConfig, DQNHyper
 from rl.envs import probe
 from rl.envs.make import make
@@ -29,24 +29,39 @@ def _dense(kernel, bias):
 
 @pytest.mark.slow
 def test_it_learns_cartpole():
+    """With the settings of rejax's gymnax/cartpole.yaml, squared error included, and a learning rate that falls to 0: at
+    a constant one the last policy of two seeds in ten is a bad one."""
     env, env_params = make("CartPole-v1")
-    network = networks.q_network((4,), env.action_space(env_params), MLP((64, 64), "relu"))
-    config = DQNConfig(updates=120, capacity=65_536, gradient_steps=4, batch=64, target_period=1, anneal=True)
-    hyper = DQNHyper(tau=0.02, huber=100.0)
-    train = jax.jit(jax.vmap(partial(dqn.make_train(config, env, network), hyper=hyper)))
+    network = networks.q_network((4,), env.action_space(env_params), MLP((64, 64), "silu"), dueling=True)
+    config = DQNConfig(
+        environments=10,
+        steps=10,
+        updates=1000,
+        capacity=50_000,
+        learning_starts=5_000,
+        gradient_steps=5,
+        batch=100,
+        target_period=5,
+        anneal=True,
+    )
+    hyper = DQNHyper(learning_rate=1e-3, tau=0.02, exploration=0.5, huber=1e6)
+    train = partial(dqn.make_train(config, env, network), hyper=hyper)
+    judge = partial(evaluate, dqn.make(config, env, network), env=env, env_params=env_params, episodes=16, horizon=500)
+
+    @jax.jit
+    @jax.vmap
+    def run(key):
+        k_train, k_judge = jax.random.split(key)
+        state, metrics = train(k_train)
+        return judge(state, k_judge).return_B.mean(), metrics
+
     # `vmap` transposes keys, which the checker takes for their use.
     with jax.debug_key_reuse(False):
-        _, metrics = train(jax.random.split(jax.random.key(0), 3))
+        return_S, metrics = run(jax.random.split(jax.random.key(0), 4))
     check_finite(metrics)
-    assert config.updates * config.steps * config.environments < 65_000
-    # All episodes, explored ones included, of 5,120 steps. The policy goes on changing, for the worse too, so it is the
-    # best stretch that counts. At most 500; random actions get 22.
-    episodes_SWU, return_SWU = (
-        np.nan_to_num(metrics[name]).reshape(3, 12, 10) for name in ("episodes", "episode_return")
-    )
-    return_SW = (return_SWU * episodes_SWU).sum(-1) / episodes_SWU.sum(-1)
-    assert return_SW[:, 0].max() < 60
-    assert return_SW.max(1).min() > 195, return_SW
+    # Of twenty seeds, four of them these, the worst had 372 and seventeen 475 or more; random actions get 22.
+    assert return_S.min() > 195, return_S
+    assert np.median(return_S) > 400, return_S
 
 
 @pytest.mark.parametrize("double", [False, True])
