@@ -27,8 +27,9 @@ def normalise_advantage(advantage: jax.Array, mask: jax.Array, epsilon: float = 
 
     Equal advantages give exactly zero. Source: Huang et al., "The 37 implementation details of PPO", detail 7.
     """
-    first = advantage.reshape(-1)[jnp.argmax(mask.reshape(-1))]
-    shifted = jnp.where(mask, advantage - first, 0.0)
+    # Shifted by one of them, equal ones are zeros, whose mean has no rounding error. The largest is found by a
+    # reduction, so that what is spread over devices stays there.
+    shifted = jnp.where(mask, advantage - jnp.where(mask, advantage, -jnp.inf).max(), 0.0)
     centred = jnp.where(mask, shifted - _mean(shifted, mask), 0.0)
     return centred / (jnp.sqrt(_mean(jnp.square(centred), mask)) + epsilon)
 
