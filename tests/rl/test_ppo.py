@@ -79,6 +79,15 @@ def test_the_first_gradient_is_the_policy_gradient_worked_by_hand(env):
     assert metrics["entropy"] == pytest.approx(-(p * np.log(p)).sum(), rel=1e-5)
 
 
+def test_equal_advantages_teach_nothing(env):
+    """Normalised, a rounding error would become an advantage."""
+    made = ppo.make(CONFIG, env, table())
+    hyper = PPOHyper(discount=0.0, entropy=0.0, value=0.0)
+    state = made.init(jax.random.key(0), hyper, env.params(max_steps=3, step_reward=0.0, final_reward=0.0))
+    _, metrics = jax.jit(made.update)(state._replace(params=state.params | {"value": jnp.array(0.1)}))
+    assert metrics["grad_norm"] == 0
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("torso", [MLP((7,)), MEMORY], ids=["mlp", "memory"])
 def test_minibatches_hold_each_step_once(env, torso, shards):
