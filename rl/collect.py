@@ -67,11 +67,11 @@ def collect(
 
     def one(carry: tuple[Envs, Any], x: tuple[jax.Array, Any, jax.Array]):
         (envs, memory), (k_step_E, fresh, noise) = carry, x
-        obs, first_E = envs.obs, envs.first_E
-        (policy, value_E), memory = network.step(params, see(obs), reset_memory(network, memory, first_E))
+        obs = envs.obs
+        (policy, value_E), memory = network.step(params, see(obs), reset_memory(network, memory, envs.first_E))
         action = policy.draw(noise)
         envs, outcome = vector.advance(k_step_E, envs, to_env(action), fresh, env, env_params, params_axis=params_axis)
-        record = (obs, first_E, action, policy.log_prob(action), value_E, outcome)
+        record = (obs, action, policy, outcome)
         if network.recurrent:
             # Its memory is there only now.
             final_E = if_any(
@@ -79,28 +79,34 @@ def collect(
                 lambda: network.step(params, see(outcome.final_obs), memory)[0][1],
                 jnp.zeros_like(value_E),
             )
-            return (envs, memory), (record, final_E)
+            return (envs, memory), (record, (value_E, final_E))
         return (envs, memory), (record, None)
 
-    (envs, memory), (record, final_TE) = jax.lax.scan(one, (envs, memory), (k_step_TE, fresh_T, noise_T))
-    raw_obs_TE, first_TE, action_TE, log_prob_TE, value_TE, outcome = record
+    first_E = envs.first_E
+    (envs, memory), (record, values_TE) = jax.lax.scan(one, (envs, memory), (k_step_TE, fresh_T, noise_T))
+    raw_obs_TE, action_TE, policy_TE, outcome = record
+    obs_TE, first_TE = see(raw_obs_TE), jnp.concatenate([first_E[None], outcome.done_E[:-1]])
     (_, last_value_E), _ = network.step(params, see(envs.obs), reset_memory(network, memory, envs.first_E))
-    next_value_TE = jnp.concatenate([value_TE[1:], last_value_E[None]])
-    if not network.recurrent:
+    if network.recurrent:
+        value_TE, final_TE = values_TE
+    else:
+        # A critic of its own has no part in the loop, which takes as long as its operations are many on a CPU.
+        value_TE = network.step(params, obs_TE, memory)[0][1]
         final_TE = if_any(
             outcome.truncated_E,
             lambda: network.step(params, see(outcome.final_obs), memory)[0][1],
             jnp.zeros_like(value_TE),
         )
+    next_value_TE = jnp.concatenate([value_TE[1:], last_value_E[None]])
     next_value_TE = jnp.where(outcome.truncated_E, final_TE, next_value_TE)
     return (
         Rollout(
-            obs_TE=see(raw_obs_TE),
+            obs_TE=obs_TE,
             raw_obs_TE=raw_obs_TE,
             first_TE=first_TE,
             memory=before,
             action_TE=action_TE,
-            log_prob_TE=log_prob_TE,
+            log_prob_TE=policy_TE.log_prob(action_TE),
             value_TE=value_TE,
             next_value_TE=next_value_TE,
             outcome=outcome,
