@@ -29,8 +29,8 @@ def _dense(kernel, bias):
 
 @pytest.mark.slow
 def test_it_learns_cartpole():
-    """With the settings of rejax's gymnax/cartpole.yaml, squared error included, and a learning rate that falls to 0: at
-    a constant one the last policy of two seeds in ten is a bad one."""
+    """With the settings of rejax's gymnax/cartpole.yaml, squared error included, and a learning rate that falls to 0:
+    at a constant one the last policy of two seeds in ten is a bad one."""
     env, env_params = make("CartPole-v1")
     network = networks.q_network((4,), env.action_space(env_params), MLP((64, 64), "silu"), dueling=True)
     config = DQNConfig(
