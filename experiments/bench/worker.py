@@ -13,7 +13,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -199,10 +199,22 @@ def _flatten(results, torch: bool) -> dict[str, np.ndarray]:
 
 
 class Process:
-    """A worker in another interpreter. It is started on the first request, and anew after it has died."""
+    """A worker in another interpreter. It is started on the first request, and anew after it has died.
 
-    def __init__(self, python: Path, peer: str, log: Path, patience: float) -> None:
+    `module` serves, by this module's requests or its own; `prefix` are words before the command, such as chrt's.
+    """
+
+    def __init__(
+        self,
+        python: Path,
+        peer: str,
+        log: Path,
+        patience: float,
+        module: str = "experiments.bench.worker",
+        prefix: Sequence[str] = (),
+    ) -> None:
         self.python, self.peer, self.log, self.patience = python, peer, log, patience
+        self.module, self.prefix = module, prefix
         self.running: subprocess.Popen | None = None
 
     def ask(self, request: Request) -> Request:
@@ -210,7 +222,7 @@ class Process:
         if self.running is None:
             with self.log.open("ab") as log:
                 self.running = subprocess.Popen(
-                    [str(self.python), "-m", "experiments.bench.worker", self.peer],
+                    [*self.prefix, str(self.python), "-m", self.module, self.peer],
                     cwd=ROOT,
                     env=os.environ | MEMORY,
                     stdin=subprocess.PIPE,
