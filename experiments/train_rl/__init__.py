@@ -1,4 +1,4 @@
-"""Any algorithm of `rl` in any environment of `rl.envs`, from the command line.
+"""Any algorithm of `rl` that acts while it learns, in any environment of `rl.envs`, from the command line.
 
     python -m experiments.train_rl --env CartPole-v1 --algo ppo
     python -m experiments.train_rl --env Breakout-MinAtar --algo dqn --steps 1000000 --seeds 5 --out runs/breakout

@@ -130,6 +130,7 @@ PRESETS: Mapping[tuple[str, str], Preset] = {
             anneal=False,
             normalise_observations=True,
             normalise_rewards=True,
+            resets=8,
         ),
         PPOHyper(learning_rate=3e-4, discount=0.98, lambda_=0.95, entropy=0.0),
         _TANH,
