@@ -65,7 +65,7 @@ def collect(
     noise_T = policy_E.noise(k_act, steps)
     before = memory
 
-    def one(carry: tuple[Envs, Any], x: tuple[jax.Array, Any, jax.Array]):
+    def one(carry: tuple[Envs, Any], x: tuple[jax.Array, Any, jax.Array]) -> tuple[Any, Any]:
         (envs, memory), (k_step_E, fresh, noise) = carry, x
         obs = envs.obs
         (policy, value_E), memory = network.step(params, see(obs), reset_memory(network, memory, envs.first_E))
