@@ -11,6 +11,9 @@ from rl import vector
 from rl.networks import Network, reset_memory
 from rl.vector import Environment, Envs, Outcome
 
+SMALL = 256
+"""Bytes of an environment's observation and state up to which those of all steps are made at once."""
+
 
 class Rollout(NamedTuple):
     """T steps of E environments: what the network saw, `obs_TE` and `first_TE` (whether an episode begins there), from
@@ -49,54 +52,50 @@ def collect(
     `to_env` turns an action of the policy into one of the environment, `see` an observation into what the network gets
     (normalised, for instance).
 
-    The starts of `steps` episodes in each environment are there at once, or of `resets`, see `vector.step`.
-
     The value of an episode's final observation matters only where it was truncated; it is computed only if some was.
+    Where an environment's observation and state are larger than `SMALL`, final observations are not in the outcome.
     """
     count = len(envs.return_E)
     k_env, k_act = jax.random.split(key)
-    # Everything random that can be is drawn at once, and so are the starts of episodes: on a CPU a key split in a loop
-    # costs more than a small network and its environment.
+    # Small things are made at once for all steps, starts of episodes too: on a CPU, to split a key in a loop costs more
+    # than a small network and its environment. Of large things it is the memory of all steps that costs.
     k_step_TE, k_reset_TE = jax.vmap(vector.step_keys)(jax.random.split(k_env, (steps, count)))
-    fresh_T = jax.vmap(partial(vector.starts, env=env, params=env_params, params_axis=params_axis, resets=resets))(
-        k_reset_TE
-    )
+    start = partial(vector.starts, env=env, params=env_params, params_axis=params_axis, resets=resets)
+    small = _bytes((envs.obs, envs.state)) <= count * SMALL
+    fresh_T = jax.vmap(start)(k_reset_TE) if small else k_reset_TE
     policy_E, _ = jax.eval_shape(lambda: network.step(params, see(envs.obs), memory)[0])
     noise_T = policy_E.noise(k_act, steps)
     before = memory
+    # The value of a final observation needs the memory there was.
+    at_once = small and not network.recurrent
+
+    def value_of(final_obs: jax.Array, memory: Any) -> jax.Array:
+        return network.step(params, see(final_obs), memory)[0][1]
 
     def one(carry: tuple[Envs, Any], x: tuple[jax.Array, Any, jax.Array]) -> tuple[Any, Any]:
         (envs, memory), (k_step_E, fresh, noise) = carry, x
         obs = envs.obs
         (policy, value_E), memory = network.step(params, see(obs), reset_memory(network, memory, envs.first_E))
         action = policy.draw(noise)
+        fresh = fresh if small else start(fresh)
         envs, outcome = vector.advance(k_step_E, envs, to_env(action), fresh, env, env_params, params_axis=params_axis)
-        record = (obs, action, policy, outcome)
-        if network.recurrent:
-            # Its memory is there only now.
-            final_E = if_any(
-                outcome.truncated_E,
-                lambda: network.step(params, see(outcome.final_obs), memory)[0][1],
-                jnp.zeros_like(value_E),
-            )
-            return (envs, memory), (record, (value_E, final_E))
-        return (envs, memory), (record, None)
+        record = (obs, action, policy)
+        if at_once:
+            return (envs, memory), (record, outcome, None)
+        final_E = if_any(outcome.truncated_E, lambda: value_of(outcome.final_obs, memory), jnp.zeros_like(value_E))
+        return (envs, memory), (record, outcome if small else outcome._replace(final_obs=None), (value_E, final_E))
 
     first_E = envs.first_E
-    (envs, memory), (record, values_TE) = jax.lax.scan(one, (envs, memory), (k_step_TE, fresh_T, noise_T))
-    raw_obs_TE, action_TE, policy_TE, outcome = record
+    (envs, memory), (record, outcome, values_TE) = jax.lax.scan(one, (envs, memory), (k_step_TE, fresh_T, noise_T))
+    raw_obs_TE, action_TE, policy_TE = record
     obs_TE, first_TE = see(raw_obs_TE), jnp.concatenate([first_E[None], outcome.done_E[:-1]])
     (_, last_value_E), _ = network.step(params, see(envs.obs), reset_memory(network, memory, envs.first_E))
-    if network.recurrent:
-        value_TE, final_TE = values_TE
-    else:
+    if at_once:
         # A critic of its own has no part in the loop, which takes as long as its operations are many on a CPU.
         value_TE = network.step(params, obs_TE, memory)[0][1]
-        final_TE = if_any(
-            outcome.truncated_E,
-            lambda: network.step(params, see(outcome.final_obs), memory)[0][1],
-            jnp.zeros_like(value_TE),
-        )
+        final_TE = if_any(outcome.truncated_E, lambda: value_of(outcome.final_obs, memory), jnp.zeros_like(value_TE))
+    else:
+        value_TE, final_TE = values_TE
     next_value_TE = jnp.concatenate([value_TE[1:], last_value_E[None]])
     next_value_TE = jnp.where(outcome.truncated_E, final_TE, next_value_TE)
     return (
@@ -114,6 +113,10 @@ def collect(
         envs,
         memory,
     )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def if_any(flags: jax.Array, compute: Callable[[], Any], otherwise: Any) -> Any:

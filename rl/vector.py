@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
     """What a step led to: `final_obs` before any reset, `reward_E`, and how it ended: `terminated_E` by the task, or
     `truncated_E` by the time limit alone. `return_E` and `length_E` of the episode up to and with this step."""
 
-    final_obs: jax.Array
+    final_obs: Any
     reward_E: jax.Array
     terminated_E: jax.Array
     truncated_E: jax.Array

@@ -51,6 +51,29 @@ def test_a_rollout_records_what_the_network_saw_and_said(tiny, random_params, to
     np.testing.assert_array_equal(envs.first_E, outcome.done_E[-1])
 
 
+@pytest.mark.parametrize("torso", [MLP((7,)), Memory(MODEL, MLP((6,), "relu"))], ids=["mlp", "memory"])
+def test_large_environments_give_the_same_rollout_step_by_step(tiny, random_params, torso, monkeypatch):
+    network = actor_critic((5,), spaces.Discrete(3), torso)
+    params = random_params(network.init)
+    env_params = tiny.params(longest=7, max_steps=4, step_reward=0.5)
+
+    def rollout():
+        envs = vector.reset(jax.random.split(jax.random.key(0), COUNT), tiny, env_params)
+        memory = network.init_memory(COUNT)
+        run = jax.jit(lambda key: collect(key, network, params, envs, memory, tiny, env_params, STEPS, resets=2))
+        return run(jax.random.key(1))
+
+    at_once, envs, memory = rollout()
+    monkeypatch.setattr("rl.collect.SMALL", 0)
+    in_turn, envs_after, memory_after = rollout()
+    assert at_once.outcome.final_obs.shape == (STEPS, COUNT, 5)
+    assert in_turn.outcome.final_obs is None
+    one = (at_once._replace(outcome=at_once.outcome._replace(final_obs=None)), envs, memory)
+    both = zip(jax.tree.leaves(one), jax.tree.leaves((in_turn, envs_after, memory_after)), strict=True)
+    for a, b in both:
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_observations_and_actions_are_translated(tiny, random_params):
     network = actor_critic((5,), spaces.Discrete(3), MLP((7,)))
     params, env_params = random_params(network.init), tiny.params()
