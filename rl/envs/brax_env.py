@@ -21,6 +21,7 @@ Parameters can scale the physics, one value an environment under `vmap` (domain 
 import contextlib
 import difflib
 import io
+import sys
 import warnings
 from collections.abc import Iterator
 from copy import copy
@@ -236,7 +237,7 @@ def _load(name: str, backend: str, options: dict[str, Any]) -> Any:
             # MJX prints that Warp is missing, which nothing here uses.
             for line in printed.getvalue().splitlines():
                 if not line.startswith("Failed to import "):
-                    print(line)
+                    sys.stdout.write(f"{line}\n")
         handler = get_mju_user_warning()
         set_mju_user_warning(warned.append)
         try:

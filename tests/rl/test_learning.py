@@ -54,8 +54,10 @@ def test_cart_pole():
 
 
 def test_acrobot():
-    config = PPOConfig(environments=16, steps=64, updates=80, normalise_observations=True)
-    trained_S, untrained_S = returns("Acrobot-v1", MLP(), config, PPOHyper(learning_rate=3e-3), horizon=500)
+    config = PPOConfig(environments=16, steps=64, updates=80)
+    hyper = PPOHyper(learning_rate=3e-3)
+    # One seed in twelve had not learned by then.
+    trained_S, untrained_S = returns("Acrobot-v1", MLP(), config, hyper, horizon=500, seeds=5)
     assert np.median(trained_S) > -100  # gymnasium's threshold
     assert untrained_S.max() < -300
 
