@@ -176,7 +176,7 @@ def without_keys(state: Any) -> Any:
 
 def process(address: str, index: int) -> dict[str, Any]:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, num_processes=2, process_id=index, initialization_timeout=30)
+    jax.distributed.initialize(address, num_processes=2, process_id=index, initialization_timeout=300)
     state, _, update = spread(build("mlp"))
     end, metrics = update(train(update, state, 2))
     return {

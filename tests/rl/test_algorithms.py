@@ -144,8 +144,10 @@ GROUP_TINY = group.GroupConfig(groups=2, episodes=3, horizon=4, updates=3, epoch
 DQN = dqn.DQNConfig(environments=8, steps=16, updates=60, capacity=512, learning_starts=64, batch=32, target_period=1)
 DQN_HYPER = dqn.DQNHyper(learning_rate=1e-2, discount=0.9, tau=0.1)
 DQN_TINY = dqn.DQNConfig(environments=3, steps=5, updates=3, capacity=24, learning_starts=9, batch=7)
-SAC = sac.SACConfig(environments=8, steps=16, updates=60, capacity=1024, learning_starts=64, gradient_steps=1, batch=32)
-SAC_HYPER = sac.SACHyper(learning_rate=1e-2, discount=0.9, tau=0.1, temperature=0.1)
+SAC = sac.SACConfig(
+    environments=8, steps=16, updates=200, capacity=4096, learning_starts=256, gradient_steps=2, batch=128
+)
+SAC_HYPER = sac.SACHyper(learning_rate=5e-3, discount=0.9, tau=0.1, temperature=0.1)
 SAC_TINY = sac.SACConfig(environments=3, steps=5, updates=3, capacity=24, learning_starts=9, gradient_steps=2, batch=7)
 
 ROWS = (

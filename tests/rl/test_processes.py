@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "on_devices.py"
-SECONDS = 120
+SECONDS = 600
 
 
 def free_port() -> int:
