@@ -6,7 +6,8 @@
     python -m experiments.train_rl --env brax/ant --algo sac --help
 
 Claim: the algorithm learns the environment: it reaches gymnasium's threshold where there is one, and else every seed
-ends above the untrained policy. Papers: those of the algorithms, named in their files. What was seen: rl/README.md.
+ends above the untrained policy. Papers: those of the algorithms, named in their files.
+What was seen: experiments/README.md.
 
 Seeds are trained side by side in one compiled program, which also evaluates the greedy policy now and then. A run
 directory has the configuration, the metrics as they came, checkpoints from which a killed run goes on bit for bit

@@ -65,8 +65,8 @@ PRESETS: Mapping[tuple[str, str], Preset] = {
         replace(_REJAX_PPO, normalise_observations=True),
         PPOHyper(learning_rate=7.5e-4, entropy=0.01),
         _TANH,
-        100_000,
-        "rejax gymnax/acrobot.yaml",
+        300_000,
+        "rejax gymnax/acrobot.yaml, three times as long",
     ),
     ("MountainCar-v0", "ppo"): Preset(
         PPOConfig(
@@ -181,12 +181,11 @@ PRESETS: Mapping[tuple[str, str], Preset] = {
             gradient_steps=5,
             batch=100,
             target_period=5,
-            anneal=True,
         ),
         DQNHyper(learning_rate=1e-3, tau=0.02, exploration=0.5, huber=1e6),
         _DUELING,
         100_000,
-        "rejax gymnax/cartpole.yaml, whose learning rate is constant",
+        "rejax gymnax/cartpole.yaml",
     ),
     ("MountainCar-v0", "dqn"): Preset(
         DQNConfig(
