@@ -1,5 +1,6 @@
 """Settings that every test runs under; the environment is set before JAX is first imported."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             skip = pytest.mark.skip(reason=f"needs a {platform.upper()}")
             for item in marked:
                 item.add_marker(skip)
+
+
+MAPPINGS = Path("/proc/self/maps")
+_count = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def bounded_programs() -> Iterator[None]:
+    """Forgets compiled programs before they are too many. Each takes three mappings of memory or more; Linux allows a
+    process 65,530 (vm.max_map_count), and where an allocation fails there, XLA crashes."""
+    yield
+    if next(_count) % 20 == 0 and MAPPINGS.exists():
+        with MAPPINGS.open("rb") as mappings:
+            many = sum(1 for _ in mappings) > 30_000
+        if many:
+            jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ def convert(options: Options, arrays: Arrays) -> tuple[BackboneConfig, Params]:
     """The backbone of a published config, with its parameters."""
     kind, D = options["model_type"], size(options, "hidden_size")
     among(options, "hidden_act", "silu", {"silu": None, "swish": None})
-    base, fraction = rotation(options)
-    if fraction not in (None, 1.0):
-        raise ValueError(f"load: partial_rotary_factor is {fraction}, expected 1.0")
+    rope = rotation(options)
+    if rope.fraction not in (None, 1.0):
+        raise ValueError(f"load: partial_rotary_factor is {rope.fraction}, expected 1.0")
     H = size(options, "num_attention_heads")
     epsilon = options.get("rms_norm_eps", 1e-6)
     # Mistral has no such option, Qwen2's biases are not one.
@@ -26,7 +26,8 @@ def convert(options: Options, arrays: Arrays) -> tuple[BackboneConfig, Params]:
             head_dim=size(options, "head_dim", 128 if kind == "qwen3" else D // H),
             groups=size(options, "num_key_value_heads", H),
             position="rope",
-            rope_base=base,
+            rope_base=rope.base,
+            rope_scaling=rope.scaling,
             window=window,
             qkv_bias=bias or kind == "qwen2",
             out_bias=bias,

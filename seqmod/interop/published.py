@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
 from seqmod.mixers.base import Params
+from seqmod.mixers.positions import RopeScaling
 
 HEAD = "logits"
 Options = Mapping[str, Any]
@@ -72,16 +73,39 @@ def refuse(options: Options, *names: str) -> None:
             raise ValueError(f"load: {name} is {options[name]!r}, which has no counterpart here")
 
 
-def rotation(options: Options) -> tuple[float, float | None]:
-    """Base of rotary embeddings, and the part of a head's channels that they turn, if it is given. Newer configs have
-    them among `rope_parameters`. Raises ValueError where frequencies are scaled."""
+class Rotation(NamedTuple):
+    """Rotary embeddings: their `base`, the part of a head's channels that they turn, if it is given, and `scaling`."""
+
+    base: float
+    fraction: float | None
+    scaling: RopeScaling | None
+
+
+def rotation(options: Options) -> Rotation:
+    """Rotary embeddings, which newer configs have among `rope_parameters`. Raises ValueError for other scalings than
+    linear and llama3, and where kinds of blocks differ."""
     name = "rope_scaling" if options.get("rope_scaling") else "rope_parameters"
     given = options.get(name) or {}
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind != "default" or any(isinstance(value, Mapping) for value in given.values()):
-        raise ValueError(f"load: {name} is {given!r}, expected one of rope_type 'default' for all blocks")
     base = given.get("rope_theta", options.get("rope_theta", 10000.0))
-    return base, given.get("partial_rotary_factor", options.get("partial_rotary_factor"))
+    fraction = given.get("partial_rotary_factor", options.get("partial_rotary_factor"))
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ("default", "linear", "llama3") or any(isinstance(value, Mapping) for value in given.values()):
+        raise ValueError(
+            f"load: {name} is {given!r}, expected one of rope_type 'default', 'linear' or 'llama3' for all blocks"
+        )
+    if kind == "default":
+        return Rotation(base, fraction, None)
+    needed = {"factor": "factor"}
+    if kind == "llama3":
+        needed |= {
+            "context": "original_max_position_embeddings",
+            "low": "low_freq_factor",
+            "high": "high_freq_factor",
+        }
+    missing = [key for key in needed.values() if given.get(key) is None]
+    if missing:
+        raise ValueError(f"load: {name} is {given!r}, which lacks {', '.join(missing)}")
+    return Rotation(base, fraction, RopeScaling(**{ours: given[key] for ours, key in needed.items()}))
 
 
 class Tensors:

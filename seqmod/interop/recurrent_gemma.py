@@ -27,7 +27,7 @@ def convert(options: Options, arrays: Arrays) -> tuple[BackboneConfig, Params]:
         size(options, "num_hidden_layers"),
     )
     activation = among(options, "hidden_activation", "gelu_pytorch_tanh", _ACTIVATIONS)
-    base, fraction = rotation(options)
+    rope = rotation(options)
     kinds: dict[str, RGLRUConfig | AttentionConfig] = {
         "recurrent": RGLRUConfig(
             width=D,
@@ -43,8 +43,9 @@ def convert(options: Options, arrays: Arrays) -> tuple[BackboneConfig, Params]:
             head_dim=check_heads("load", D, H),
             groups=size(options, "num_key_value_heads", H),
             position="rope",
-            rope_base=base,
-            rope_fraction=0.5 if fraction is None else fraction,
+            rope_base=rope.base,
+            rope_fraction=0.5 if rope.fraction is None else rope.fraction,
+            rope_scaling=rope.scaling,
             window=size(options, "attention_window_size", 2048),
             qkv_bias=flag(options, "attention_bias", False),
             out_bias=True,

@@ -51,6 +51,7 @@ from seqmod.mixers.monarch import MonarchConfig
 from seqmod.mixers.multipath import MultipathConfig
 from seqmod.mixers.nystromformer import NystromformerConfig
 from seqmod.mixers.performer import PerformerConfig
+from seqmod.mixers.positions import RopeScaling
 from seqmod.mixers.probsparse import ProbSparseConfig
 from seqmod.mixers.retnet import RetNetConfig
 from seqmod.mixers.rglru import RGLRUConfig
@@ -136,6 +137,7 @@ __all__ = [
     "ProbSparseConfig",
     "RGLRUConfig",
     "RetNetConfig",
+    "RopeScaling",
     "S4DConfig",
     "S5Config",
     "SemiseparableConfig",

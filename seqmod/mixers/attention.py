@@ -32,15 +32,15 @@ from seqmod.mixers.base import (
     scaled_normal,
 )
 from seqmod.mixers.dot_product import attend, attend_self
-from seqmod.mixers.positions import alibi_slopes, bucket, positions, rotate
+from seqmod.mixers.positions import RopeScaling, alibi_slopes, bucket, frequencies, positions, rotate
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
     """`width` D in and out, H `heads` of queries and G `groups` of keys and values (None: as many), of `head_dim` K.
 
-    `buckets` and `max_distance` are T5's; `rope_base` and `rope_fraction`, the part of the channels that is rotated,
-    are RoPE's. `window`, `soft_cap` and `scale` are absent where None; scale then is 1 / sqrt(K).
+    `buckets` and `max_distance` are T5's; `rope_base`, `rope_fraction`, the part of the channels that is rotated, and
+    `rope_scaling` are RoPE's. `window`, `soft_cap` and `scale` are absent where None; scale then is 1 / sqrt(K).
     """
 
     width: int = 64
@@ -53,6 +53,7 @@ class AttentionConfig:
     max_distance: int = 128
     rope_base: float = 10000.0
     rope_fraction: float = 1.0
+    rope_scaling: RopeScaling | None = None
     window: int | None = None
     qkv_bias: bool = False
     out_bias: bool = False
@@ -79,6 +80,8 @@ class AttentionConfig:
                 f"AttentionConfig: rope_fraction {self.rope_fraction} of head_dim {self.head_dim} rotates {rotated} "
                 f"channels with base {self.rope_base}, expected an even number from 2 to head_dim and a positive base"
             )
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
+            raise ValueError(f"AttentionConfig: rope_scaling is {self.rope_scaling!r}, expected a RopeScaling or None")
         for name in ("window", "soft_cap", "scale"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -150,7 +153,7 @@ def _heads(name: str, params: Params, config: AttentionConfig, x: jax.Array, pos
     if config.qk_norm and name != "v":
         y = rms_norm(params[f"{name}_norm"], y, config.qk_norm_epsilon)
     if config.position == "rope" and name != "v" and position is not None:
-        y = rotate(y, position, config.rope_base, config.rope_channels)
+        y = rotate(y, position, frequencies(config.rope_base, config.rope_channels, config.rope_scaling))
     return y
 
 

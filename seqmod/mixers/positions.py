@@ -5,6 +5,9 @@ ALiBi   -m_h |t - s| is added,  m_h = 2^(-8 h / H),  h = 1 .. H              (Pr
 RoPE    channels i and i + R/2 of queries and keys turn by t base^(-2i/R)    (Su et al., arXiv 2104.09864)
 """
 
+import math
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,17 +40,52 @@ def alibi_slopes(heads: int) -> np.ndarray:
     return np.concatenate([slopes_H, between_H])[:heads].astype(np.float32)
 
 
-def rotate(x: jax.Array, position: jax.Array, base: float, channels: int) -> jax.Array:
-    """x (..., H, K) at `position` (...), its first `channels` R turned; half-split pairs, as in GPT-NeoX and Llama.
+@dataclass(frozen=True)
+class RopeScaling:
+    """RoPE slowed down for sequences longer than those trained on.
+
+    Without a `context`, all frequencies are divided by `factor`, which is position interpolation (arXiv 2306.15595).
+    With the `context` C of training, as in Llama 3.1 (arXiv 2407.21783, as its published configs say), those
+    that turn more than `high` times in C steps stay as they are, those that turn less than `low` times are divided, and
+    those between pass linearly from one to the other.
+    """
+
+    factor: float
+    context: int | None = None
+    low: float = 1.0
+    high: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0 or not 0 < self.low < self.high or (self.context is not None and self.context < 1):
+            raise ValueError(
+                f"RopeScaling: got {self}, expected a positive factor and context, and low between 0 and high"
+            )
+
+
+def frequencies(base: float, channels: int, scaling: RopeScaling | None = None) -> np.ndarray:
+    """RoPE's angles per step (R/2,), in float64, of `channels` R."""
+    frequency_R = base ** (-np.arange(channels // 2) / (channels // 2))
+    if scaling is None:
+        return frequency_R
+    kept_R = np.zeros_like(frequency_R)
+    if scaling.context is not None:
+        turns_R = scaling.context * frequency_R / (2 * math.pi)
+        kept_R = np.clip((turns_R - scaling.low) / (scaling.high - scaling.low), 0, 1)
+    return kept_R * frequency_R + (1 - kept_R) * frequency_R / scaling.factor
+
+
+def rotate(x: jax.Array, position: jax.Array, frequency_R: np.ndarray) -> jax.Array:
+    """x (..., H, K) at `position` (...), its first R channels turned by `frequencies` (R/2,); half-split pairs, as in
+    GPT-NeoX and Llama.
 
     `position` broadcasts against the leading axes of x. Computed in float32 at least.
     """
-    half = channels // 2
+    half = len(frequency_R)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    frequency_R = base ** (-jnp.arange(half, dtype=wide.dtype) / half)
-    angle = position[..., None, None] * frequency_R.reshape((1,) * (position.ndim + 1) + (-1,))
+    speed_R = jnp.asarray(frequency_R, wide.dtype).reshape((1,) * (position.ndim + 1) + (-1,))
+    angle = position[..., None, None] * speed_R
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second, rest = wide[..., :half], wide[..., half:channels], wide[..., channels:]
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
 
 

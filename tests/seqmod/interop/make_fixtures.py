@@ -7,11 +7,12 @@ sequences are longer than the windows. It needs an environment of its own, which
 
     python -m venv torch-venv
     torch-venv/bin/pip install torch==2.13.0 transformers==5.24.0 safetensors
-    torch-venv/bin/python tests/seqmod/interop/make_fixtures.py
+    torch-venv/bin/python tests/seqmod/interop/make_fixtures.py [NAME ...]
 """
 
 import copy
 import shutil
+import sys
 from pathlib import Path
 
 import safetensors
@@ -130,6 +131,26 @@ MODELS = {
         transformers.Qwen3ForCausalLM,
         transformers.Qwen3Config(**LLAMA, num_key_value_heads=2, head_dim=10, rms_norm_eps=1e-2),
     ),
+    "llama_linear": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig(**LLAMA, rope_parameters={"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}),
+    ),
+    # Of the five frequencies, one stays, two are in between, two are divided.
+    "llama_3": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig(
+            **LLAMA,
+            head_dim=10,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 50.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 40,
+            },
+        ),
+    ),
 }
 SHARDED = {"mamba2", "mistral"}
 BFLOAT16 = {"mistral", "recurrent_gemma"}
@@ -188,4 +209,5 @@ def make(name: str, seed: int) -> None:
 
 if __name__ == "__main__":
     for seed, name in enumerate(MODELS):
-        make(name, seed)
+        if not sys.argv[1:] or name in sys.argv[1:]:
+            make(name, seed)

@@ -171,6 +171,14 @@ def test_rotations_may_be_given_as_older_configs_do():
     assert interop.convert(older, arrays)[0].mixers[0].rope_base == 10000.0
 
 
+def test_a_scaling_may_be_given_as_older_configs_do():
+    options, arrays = published("llama_3")
+    given = dict(options["rope_parameters"])
+    older = {key: value for key, value in options.items() if key != "rope_parameters"}
+    older |= {"rope_theta": given.pop("rope_theta"), "rope_scaling": given}
+    assert interop.convert(older, arrays)[0] == interop.convert(options, arrays)[0]
+
+
 def test_windows_follow_their_layers():
     assert [mixer.window for mixer in interop.load(FIXTURES / "qwen2")[0].mixers] == [None, 7]
     options, arrays = published("qwen2")
@@ -197,7 +205,12 @@ def test_windows_follow_their_layers():
         ("llama", {"model_type": None}, "model_type is None"),
         ("llama", {"quantization_config": {"bits": 4}}, r"quantization_config is \{'bits': 4\}"),
         ("llama", {"hidden_act": "gelu"}, r"hidden_act is 'gelu', expected one of \['silu', 'swish'\]"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is {'type': 'linear'"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling is {'type': 'dynamic'"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "lacks original_max_position_embeddings, low",
+        ),
         ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters is {'rope_type': 'yarn'}"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5, expected 1.0"),
         ("llama", {"hidden_size": None}, "hidden_size is None, expected a positive integer"),

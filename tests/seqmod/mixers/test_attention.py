@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from seqmod.mixers import MIXERS, AttentionConfig, Context, attention, dot_product
-from seqmod.mixers.positions import alibi_slopes, bucket, positions, rotate
+from seqmod.mixers.positions import RopeScaling, alibi_slopes, bucket, frequencies, positions, rotate
 from tests.seqmod.mixers.family import Case, run, sequence, steps
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -208,13 +208,29 @@ def test_rotation_keeps_norms_and_depends_on_the_distance_only():
     q_HK, k_HK = sequence(3, 10), sequence(3, 10, seed=2)
 
     def score(t, s):
-        q, k = (rotate(x[None], jnp.array([at]), 50.0, 6)[0] for x, at in ((q_HK, t), (k_HK, s)))
+        q, k = (rotate(x[None], jnp.array([at]), frequencies(50.0, 6))[0] for x, at in ((q_HK, t), (k_HK, s)))
         np.testing.assert_allclose(jnp.linalg.norm(q, axis=-1), jnp.linalg.norm(q_HK, axis=-1), rtol=1e-5)
         np.testing.assert_array_equal(q[:, 6:], q_HK[:, 6:])
         return jnp.sum(q * k, axis=-1)
 
     np.testing.assert_allclose(score(9, 4), score(105, 100), atol=1e-4)
     assert (jnp.abs(score(9, 4) - score(9, 5)) > 1e-2).all()
+
+
+def test_scaled_frequencies_are_linear_in_turns_between_the_limits():
+    assert np.array_equal(frequencies(50.0, 6), 50.0 ** -(np.arange(3) / 3))
+    assert np.array_equal(frequencies(50.0, 6, RopeScaling(4.0)), frequencies(50.0, 6) / 4)
+    # Turns in the context: 4.77, 2.18, 1.00, 0.46, 0.21.
+    scaled = frequencies(50.0, 10, RopeScaling(4.0, context=30, low=0.5, high=3.0))
+    between = [(30 * f / (2 * np.pi) - 0.5) / 2.5 for f in frequencies(50.0, 10)]
+    kept = np.array([1.0, between[1], between[2], 0.0, 0.0])
+    np.testing.assert_allclose(scaled, frequencies(50.0, 10) * (kept + (1 - kept) / 4), rtol=1e-14)
+
+
+@pytest.mark.parametrize("wrong", [{"factor": 0.0}, {"low": 4.0}, {"context": 0}])
+def test_a_bad_scaling_is_refused(wrong):
+    with pytest.raises(ValueError, match="RopeScaling: got"):
+        RopeScaling(**{"factor": 2.0} | wrong)
 
 
 def test_positions_restart_in_each_segment():
@@ -303,6 +319,7 @@ def test_where_attention_is_fused(monkeypatch, platform, capability, dtype, head
         ({"buckets": 6, "causal": False}, "buckets is 6, expected a multiple of 4"),
         ({"position": "rope", "rope_fraction": 0.2}, "rotates 3 channels"),
         ({"position": "rope", "rope_fraction": 1.5}, "rotates 24 channels"),
+        ({"position": "rope", "rope_scaling": 8.0}, "rope_scaling is 8.0, expected a RopeScaling or None"),
         ({"window": 0}, "window is 0, expected a positive number or None"),
         ({"soft_cap": -1.0}, "soft_cap is -1.0"),
     ],
