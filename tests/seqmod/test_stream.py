@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.bench.stream import Options, measure
 from seqmod import BackboneConfig, backbone
 from seqmod.objectives import categorical_nll
 from seqmod.rows import map_rows, sum_rows
@@ -81,37 +82,12 @@ def test_a_loss_with_a_clip_is_a_sum_over_steps(random_params):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
-def temporary(function, *arguments) -> int:
-    return jax.jit(jax.grad(function)).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
-
-
 @pytest.mark.parametrize("mixer", ["attention", "rglru", "mamba"])
 def test_memory_at_length_8192(mixer):
     """Peak temporary memory of the gradient, as the compiler plans it: nothing is run."""
-    length, vocabulary = 8192, 4096
-    config = BackboneConfig(
-        vocabulary=vocabulary,
-        heads=(("token", vocabulary),),
-        mixers=(mixer,) * 4,
-        width=64,
-        mlp=256,
-        context=64,
-        scan=True,
-    )
-    params = jax.eval_shape(lambda: backbone.init(jax.random.key(0), config))
-    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-
-    def nll(outputs, labels):
-        return categorical_nll(outputs["token"], labels).sum()
-
-    def whole(params, tokens, config):
-        return nll(backbone.apply(params, config, tokens)[0], tokens)
-
-    plainly = temporary(lambda p, t: whole(p, t, config), params, tokens)
-    by_layer = temporary(lambda p, t: whole(p, t, replace(config, remat=True)), params, tokens)
-    streamed = temporary(lambda p, t: stream_loss(p, config, t, t, nll, chunk=512), params, tokens)
-    assert plainly > 2.8 * streamed
-    assert by_layer > 1.5 * streamed
+    memory = measure(mixer, Options())
+    assert memory.plain > 2.8 * memory.streamed
+    assert memory.remat > 1.5 * memory.streamed
 
 
 # Rows
