@@ -128,8 +128,8 @@ def collect_trajectories(
     """Episodes of `act`, from `memory`, at most `horizon` steps each; of an algorithm, `act` is
     `partial(algorithm.act, state)` and `memory` is `algorithm.init_memory(episodes)`.
 
-    It gets no key where `greedy`. With probability `epsilon`, each step, the action is drawn evenly from the action
-    space instead. Raises ValueError where there would be no episodes, or none with steps.
+    It gets no key where `greedy`. With probability `epsilon`, of all or an array (episodes,), the action of a step is
+    drawn evenly from the action space instead. Raises ValueError where there would be no episodes, or none with steps.
     """
     for name, value in (("episodes", episodes), ("horizon", horizon)):
         if value < 1:
@@ -138,20 +138,23 @@ def collect_trajectories(
         raise ValueError(f"collect_trajectories: epsilon is {epsilon}, expected a probability")
     explores = isinstance(epsilon, jax.Array) or epsilon > 0
 
-    def policy(k_policy: jax.Array, step: Step, memory: Any):
+    def policy(k_policy: jax.Array, step: Step, carried: tuple[Any, jax.Array]):
+        memory, epsilon_B = carried
         k_act, k_explore, k_random = jax.random.split(k_policy, 3)
         seen: Any = step.obs_BF
         action_B, memory = act(None if greedy else k_act, seen.obs, memory)
         if explores:
             count = len(step.running_B)
-            explore_B = jax.random.bernoulli(k_explore, epsilon, (count,))
+            explore_B = jax.random.bernoulli(k_explore, epsilon_B)
             random_B = jax.vmap(env.action_space(env_params).sample)(jax.random.split(k_random, count))
             explore_B = explore_B.reshape(-1, *(1,) * (action_B.ndim - 1))
             action_B = jnp.where(explore_B, random_B.astype(action_B.dtype), action_B)
-        return action_B, memory, (seen, action_B)
+        return action_B, (memory, epsilon_B), (seen, action_B)
 
     observed = RewardObserved(env)
-    found, _ = rollout(key, observed, env_params, policy, memory, episodes, horizon)
+    # As a part of the memory: the loop goes on with some of the episodes.
+    carried = memory, jnp.broadcast_to(jnp.asarray(epsilon, jnp.float32), (episodes,))
+    found, _ = rollout(key, observed, env_params, policy, carried, episodes, horizon)
     (seen, action_TB), mask_TB = found.recorded, found.valid_TB
     # A reward is seen a step later, the last of an episode in its final state.
     reward_TB = jnp.concatenate([seen.reward[1:], jnp.zeros((1, episodes))])

@@ -1,10 +1,10 @@
 """The algorithms that can be asked for by name, and the network that each of them learns with."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from rl import a2c, dqn, group, ppo, sac
+from rl import a2c, bc, decision_transformer, dqn, group, ppo, sac
 from rl.algorithm import Algorithm
 from rl.networks import CNN, MLP, Memory, Torso, actor_critic, is_discrete, q_network, squashed_actor_critics
 from seqmod.config import BackboneConfig
@@ -56,13 +56,14 @@ class NetworkOptions:
 
 class Entry(NamedTuple):
     """An algorithm's static `config` and traced `hyper` types, `make(config, env, network)`, the `network` it wants,
-    and the kinds of `actions` that it can choose."""
+    the kinds of `actions` that it can choose, and whether it is `offline`: it learns from data."""
 
     config: type
     hyper: type
     make: Callable[[Any, Any, Any], Algorithm]
     network: Callable[[tuple[int, ...], Any, Torso, NetworkOptions], Any]
     actions: tuple[Literal["discrete", "continuous"], ...]
+    offline: bool = False
 
 
 def _actor_critic(obs_shape: tuple[int, ...], space: Any, torso: Torso, options: NetworkOptions) -> Any:
@@ -79,12 +80,28 @@ def _actor_critics(obs_shape: tuple[int, ...], space: Any, torso: Torso, options
     return squashed_actor_critics(obs_shape, space, torso)
 
 
+def _sequence_model(obs_shape: tuple[int, ...], space: Any, torso: Torso, options: NetworkOptions) -> Any:
+    if not isinstance(torso, Memory):
+        raise ValueError("decision_transformer learns with a causal mixer: use --network attention or rglru, say")
+    # Three tokens a step.
+    return replace(torso.backbone, context=3 * torso.backbone.context)
+
+
 ALGORITHMS: Mapping[str, Entry] = {
     "ppo": Entry(ppo.PPOConfig, ppo.PPOHyper, ppo.make, _actor_critic, ("discrete", "continuous")),
     "a2c": Entry(a2c.A2CConfig, a2c.A2CHyper, a2c.make, _actor_critic, ("discrete", "continuous")),
     "group": Entry(group.GroupConfig, group.GroupHyper, group.make, _actor_critic, ("discrete", "continuous")),
     "dqn": Entry(dqn.DQNConfig, dqn.DQNHyper, dqn.make, _q_network, ("discrete",)),
     "sac": Entry(sac.SACConfig, sac.SACHyper, sac.make, _actor_critics, ("continuous",)),
+    "bc": Entry(bc.BCConfig, bc.BCHyper, bc.make, _actor_critic, ("discrete", "continuous"), offline=True),
+    "decision_transformer": Entry(
+        decision_transformer.DTConfig,
+        decision_transformer.DTHyper,
+        decision_transformer.make,
+        _sequence_model,
+        ("discrete", "continuous"),
+        offline=True,
+    ),
 }
 
 
@@ -92,5 +109,5 @@ def check_actions(algo: str, env: str, space: Any) -> None:
     """Raises ValueError where an algorithm cannot choose the actions of an environment, and says which can."""
     kind = "discrete" if is_discrete(space) else "continuous"
     if kind not in ALGORITHMS[algo].actions:
-        able = sorted(name for name, entry in ALGORITHMS.items() if kind in entry.actions)
+        able = sorted(name for name, entry in ALGORITHMS.items() if kind in entry.actions and not entry.offline)
         raise ValueError(f"{algo} cannot learn in {env}, whose actions are {kind}: use {' or '.join(able)}")

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from experiments.train_rl.algorithms import NetworkOptions
 from rl.a2c import A2CConfig, A2CHyper
+from rl.bc import BCConfig, BCHyper
+from rl.decision_transformer import DTConfig, DTHyper
 from rl.dqn import DQNConfig, DQNHyper
 from rl.group import GroupConfig, GroupHyper
 from rl.ppo import PPOConfig, PPOHyper
@@ -22,8 +24,9 @@ from rl.sac import SACConfig, SACHyper
 
 
 class Preset(NamedTuple):
-    """Static `config` (its number of updates is set from `steps`), traced `hyper`, `network`; environment `steps` of
-    each of the `seeds`; `evaluations` of as many `episodes`; and where the hyperparameters come from."""
+    """Static `config` (its number of updates is set from `steps`), traced `hyper`, `network`; `steps` of each of the
+    `seeds`, of the environment, or, offline, of the gradient; `evaluations` of as many `episodes`; and where the
+    hyperparameters come from."""
 
     config: Any
     hyper: Any
@@ -258,6 +261,15 @@ PRESETS: Mapping[tuple[str, str], Preset] = {
         100_000,
         "own choice",
     ),
+    ("*", "bc"): Preset(BCConfig(), BCHyper(), _TANH, 2_000, "own choice"),
+    ("*", "decision_transformer"): Preset(
+        DTConfig(batch=32, context=10),
+        DTHyper(),
+        NetworkOptions(network="attention", layers=2),
+        1_000,
+        "own choice",
+        evaluations=10,
+    ),
 }
 """By a name, by a family of environments (MinAtar, brax), or for all others (*)."""
 
@@ -277,6 +289,10 @@ TINY: Mapping[str, Preset] = {
         steps=84,
         **_TINY,
     ),
+    "bc": Preset(BCConfig(gradient_steps=2, batch=3), BCHyper(), steps=12, **_TINY),
+    "decision_transformer": Preset(
+        DTConfig(gradient_steps=2, batch=3, context=2, horizon=5), DTHyper(), steps=12, **_TINY
+    )._replace(network=NetworkOptions(network="rglru", width=8)),
 }
 """To see in seconds that everything runs."""
 

@@ -13,11 +13,31 @@ import tyro
 from experiments.train_rl.algorithms import ALGORITHMS, NetworkOptions, check_actions
 from experiments.train_rl.presets import TINY, preset
 from rl.algorithm import Algorithm
+from rl.decision_transformer import DTConfig
 from rl.envs.brax_env import Backend, brax_environments
 from rl.envs.make import make
 from rl.group import GroupConfig
+from rl.offline import RewardObserved
 
 Size = Literal["standard", "tiny"]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What an offline algorithm learns from: episodes of the greedy policies of another run, which take turns."""
+
+    run: Annotated[str | None, tyro.conf.arg(name="data", prefix_name=False)] = None
+    """Directory of that run, in the same environment; it has a checkpoint and need not be finished."""
+    episodes: int = 200
+    """In all."""
+    random: float = 1.0
+    """The share of actions that are random rises from 0 in the first episode to this in the last."""
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise ValueError(f"--data.episodes is {self.episodes}, expected at least 1")
+        if not 0 <= self.random <= 1:
+            raise ValueError(f"--data.random is {self.random}, expected a share from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -34,7 +54,7 @@ class Settings[C, H]:
     preset: Size
     """Where defaults come from."""
     steps: int
-    """Environment steps of each seed; rounded to whole updates."""
+    """Environment steps of each seed, or gradient steps of an offline algorithm; rounded to whole updates."""
     seeds: int
     """Runs side by side."""
     seed: int = 0
@@ -49,6 +69,7 @@ class Settings[C, H]:
     """Time limit of an episode, in place of the environment's own."""
     backend: Backend | None = None
     """Physics of a Brax environment."""
+    data: DataOptions = DataOptions()
 
     def __post_init__(self) -> None:
         for name in ("steps", "seeds", "evaluations", "episodes", "checkpoints"):
@@ -59,7 +80,7 @@ class Settings[C, H]:
         """For config.json; `from_json` takes it back."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         hyper: Any = self.hyper
-        nested = {name: dataclasses.asdict(fields[name]) for name in ("config", "network")}
+        nested = {name: dataclasses.asdict(fields[name]) for name in ("config", "network", "data")}
         return fields | nested | {"hyper": hyper._asdict()}
 
 
@@ -76,7 +97,8 @@ class Options[C, H]:
 
 class Plan(NamedTuple):
     """What settings amount to: the environment, the algorithm with its number of updates, hyperparameters, `horizon`
-    steps of the longest episode, and `chunks` compiled calls of `updates` each."""
+    steps of the longest episode, and `chunks` compiled calls of `updates` each, which are `chunk_steps` steps of the
+    `unit`: "environment steps" or "gradient steps"."""
 
     env: Any
     env_params: Any
@@ -85,12 +107,19 @@ class Plan(NamedTuple):
     horizon: int
     chunks: int
     updates: int
+    chunk_steps: int
+    unit: str
+
+    @property
+    def steps(self) -> int:
+        """Of all chunks."""
+        return self.chunks * self.chunk_steps
 
 
 def from_json(stored: dict[str, Any]) -> Settings[Any, Any]:
     """Settings from what `to_json` gave."""
     entry = ALGORITHMS[stored["algo"]]
-    parts = {"config": entry.config, "hyper": entry.hyper, "network": NetworkOptions}
+    parts = {"config": entry.config, "hyper": entry.hyper, "network": NetworkOptions, "data": DataOptions}
     built = {name: kind(**_tuples(stored[name])) for name, kind in parts.items()}
     return Settings(**stored | built)
 
@@ -135,6 +164,11 @@ def parse(arguments: list[str]) -> Options[Any, Any]:
     options = tyro.cli(kind, args=rest, default=default, prog="python -m experiments.train_rl", registry=numbers)
     if options.settings.config.updates != given.config.updates:
         raise ValueError("--config.updates follows from --steps: give that")
+    if entry.offline and options.settings.data.run is None:
+        raise ValueError(f"{chosen.algo} learns from data: name with --data a run in {env_name} that gathers them")
+    if not entry.offline and options.settings.data != DataOptions():
+        able = " and ".join(sorted(name for name, entry in ALGORITHMS.items() if entry.offline))
+        raise ValueError(f"--data is for {able}: {chosen.algo} learns from what it does itself")
     return options
 
 
@@ -151,11 +185,14 @@ def plan(settings: Settings[Any, Any]) -> Plan:
     if isinstance(config, GroupConfig):
         # Episodes end there anyway, and steps are counted by it.
         config = replace(config, horizon=min(config.horizon, horizon))
+    if isinstance(config, DTConfig):
+        env = RewardObserved(env)
     space = env.action_space(env_params)
     obs_shape = env.observation_space(env_params).shape
     torso = settings.network.torso(obs_shape, horizon)
     network = entry.network(obs_shape, space, torso, settings.network)
-    per_update = entry.make(config, env, network).steps_per_update
+    algorithm = entry.make(config, env, network)
+    per_update = settings.config.gradient_steps if entry.offline else algorithm.steps_per_update
     if settings.steps < per_update:
         raise ValueError(f"--steps is {settings.steps:,}, less than one update, which takes {per_update:,} steps")
     wanted = round(settings.steps / per_update)
@@ -163,7 +200,8 @@ def plan(settings: Settings[Any, Any]) -> Plan:
     chunks = max(1, round(wanted / updates))
     # The learning rate falls over all updates, so their number is a part of the algorithm.
     algorithm = entry.make(replace(config, updates=chunks * updates), env, network)
-    return Plan(env, env_params, algorithm, settings.hyper, horizon, chunks, updates)
+    unit = "gradient steps" if entry.offline else "environment steps"
+    return Plan(env, env_params, algorithm, settings.hyper, horizon, chunks, updates, updates * per_update, unit)
 
 
 def _number(info: tyro.constructors.PrimitiveTypeInfo) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from experiments.runner import NonFiniteLoss, RunDirectory, train_chunks
 from experiments.train_rl.settings import Plan, Settings
 from rl.algorithm import check_finite, evaluate
+from rl.offline import Trajectories
 
 STAGE = "train"
 
@@ -31,12 +32,14 @@ class Trained(NamedTuple):
     untrained_S: np.ndarray
 
 
-def start(settings: Settings[Any, Any], plan: Plan) -> tuple[Training, jax.Array]:
-    """Before training, and the mean return (S,) of the policy as it begins, with its exploration."""
+def start(settings: Settings[Any, Any], plan: Plan, data: Trajectories | None = None) -> tuple[Training, jax.Array]:
+    """Before training, on `data` if the algorithm is offline, and the mean return (S,) of the policy as it begins, with
+    its exploration."""
     k_run, k_untrained, k_evaluate = jax.random.split(jax.random.key(settings.seed), 3)
     seeds_S = jnp.arange(settings.seeds)
     keys_S = jax.vmap(lambda index: jax.random.fold_in(k_run, index))(seeds_S)
-    states = jax.vmap(lambda key: plan.algorithm.init(key, plan.hyper, plan.env_params))(keys_S)
+    source = plan.env_params if data is None else data
+    states = jax.vmap(lambda key: plan.algorithm.init(key, plan.hyper, source))(keys_S)
     untrained_S = _returns(settings, plan, states, k_untrained, greedy=False)
     return Training(states, k_evaluate, jnp.zeros((), jnp.int32)), untrained_S
 
@@ -63,12 +66,11 @@ def make_chunk(
     return jax.jit(chunk, donate_argnums=0)
 
 
-def train(run: RunDirectory, settings: Settings[Any, Any], plan: Plan) -> Trained:
+def train(run: RunDirectory, settings: Settings[Any, Any], plan: Plan, data: Trajectories | None = None) -> Trained:
     """All chunks, or those that are left of an interrupted run. Raises what `train_chunks` raises, and NonFiniteLoss
     for observations that are not finite."""
-    state, untrained_S = jax.jit(lambda: start(settings, plan))()
-    chunk = make_chunk(settings, plan)
-    steps = plan.updates * plan.algorithm.steps_per_update
+    state, untrained_S = jax.jit(lambda data: start(settings, plan, data))(data)
+    chunk, steps = make_chunk(settings, plan), plan.chunk_steps
 
     def checked(state: Training) -> tuple[Training, dict[str, jax.Array]]:
         before = int(state.chunks) * steps
@@ -114,13 +116,15 @@ def _returns(settings: Settings[Any, Any], plan: Plan, states: Any, key: jax.Arr
 
 def _summary(metrics_US: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Over the updates of a chunk: the number of episodes, means over episodes for what is told of them, and means over
-    updates for all else."""
-    episodes_US = metrics_US["episodes"]
-    summary = {"episodes": episodes_US.sum(0)}
+    updates for all else. An offline algorithm tells of no episodes."""
+    summary = {}
     for name, value_US in metrics_US.items():
-        if name.startswith("episode_"):
+        if name == "episodes":
+            summary[name] = value_US.sum(0)
+        elif name.startswith("episode_"):
+            episodes_US = metrics_US["episodes"]
             total_S = jnp.where(episodes_US > 0, value_US * episodes_US, 0.0).sum(0)
-            summary[name] = total_S / summary["episodes"]  # NaN where no episode ended
-        elif name != "episodes":
+            summary[name] = total_S / episodes_US.sum(0)  # NaN where no episode ended
+        else:
             summary[name] = value_US.mean(0)
     return summary

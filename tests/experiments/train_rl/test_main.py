@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from PIL import Image
 from experiments.runner import RunError
 from experiments.train_rl import __main__ as train_rl
 from experiments.train_rl import training
-from experiments.train_rl.load import load
+from experiments.train_rl.load import load, load_data
 from rl.algorithm import evaluate
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -101,16 +102,55 @@ def test_what_was_learned_comes_back(uninterrupted):
     """The policy that `load` gives is the one that was evaluated last: with the same key, the same returns."""
     out, result = uninterrupted
     for seed in range(2):
-        algorithm, state, env, env_params = load(out, seed=seed)
-        assert int(state.update) == 2 * CHUNKS
-        _, _, k_evaluate = jax.random.split(jax.random.key(0), 3)
-        key = jax.random.split(jax.random.fold_in(k_evaluate, CHUNKS - 1), 2)[seed]
-        episodes = evaluate(algorithm, state, key, env, env_params, episodes=2, horizon=23)
-        np.testing.assert_allclose(episodes.return_B.mean(), result["measured"]["returns"][seed])
+        assert_evaluated_last(out, result, seed, CHUNKS)
     with pytest.raises(ValueError, match=r"seed is 2, expected 0\.\.1"):
         load(out, seed=2)
     with pytest.raises(RunError, match="has no checkpoint of a training run"):
         load(out.parent)
+
+
+def assert_evaluated_last(out: Path, result: dict, seed: int, chunks: int) -> None:
+    algorithm, state, env, env_params = load(out, seed=seed)
+    assert int(state.update) == 2 * chunks
+    _, _, k_evaluate = jax.random.split(jax.random.key(0), 3)
+    key = jax.random.split(jax.random.fold_in(k_evaluate, chunks - 1), 2)[seed]
+    episodes = evaluate(algorithm, state, key, env, env_params, episodes=2, horizon=23)
+    np.testing.assert_allclose(episodes.return_B.mean(), result["measured"]["returns"][seed])
+
+
+def offline(algo: str, data: Path) -> list[str]:
+    return ["--algo", algo, "--preset", "tiny", "--max-steps", "23", "--data", str(data), "--data.episodes", "7"]
+
+
+@pytest.mark.slow
+def test_an_offline_run_needs_its_data_once(tmp_path, uninterrupted):
+    """It leaves what every run leaves, and then goes on bit for bit, and is loaded, without the run that acted."""
+    other, out, resumed = tmp_path / "other", tmp_path / "run", tmp_path / "resumed"
+    shutil.copytree(uninterrupted[0], other)
+    result = train_rl.main([*offline("bc", other), "--out", str(out)])
+    shutil.rmtree(other)
+    assert result["measured"]["gradient_steps"] == log_of(out)[-1]["step"] == 12
+    data = load_data(out)
+    assert data is not None
+    assert data.mask_NL.shape[0] == 7
+    told = result["measured"]["data_returns"]
+    assert (told["min"], told["max"]) == (data.return_N.min(), data.return_N.max())
+    assert {"curves.png", "episode.gif"} == {path.name for path in (out / "figures").iterdir()}
+    assert f"7 episodes of {other} with returns from" in (out / "report.html").read_text()
+
+    shutil.copytree(out, resumed)
+    shutil.rmtree(max((resumed / "stages" / "train" / "checkpoints").glob("step_*")))
+    again = train_rl.main([*offline("bc", other), "--out", str(resumed), "--resume"])
+    assert_identical(resumed, again, out, result)
+
+
+@pytest.mark.slow
+def test_a_decision_transformer_comes_back_with_an_environment_that_shows_rewards(tmp_path, uninterrupted):
+    out = tmp_path / "run"
+    result = train_rl.main([*offline("decision_transformer", uninterrupted[0]), "--out", str(out)])
+    assert_evaluated_last(out, result, seed=1, chunks=3)
+    with Image.open(out / "figures" / "episode.gif") as gif:
+        assert 5 < gif.n_frames <= 24
 
 
 def child(out: str) -> None:
@@ -202,7 +242,8 @@ def to_bytes(leaf) -> bytes:
         (["--env", "CartPol-v1"], "there is no environment 'CartPol-v1'; did you mean 'CartPole-v1'"),
         (
             ["--algo", "pp0"],
-            "there is no algorithm 'pp0', expected one of a2c, dqn, group, ppo, sac; did you mean 'ppo'?",
+            "there is no algorithm 'pp0', expected one of a2c, bc, decision_transformer, dqn, group, ppo, sac; did you "
+            "mean 'ppo'?",
         ),
         (
             ["--algo", "sac"],
@@ -220,6 +261,14 @@ def to_bytes(leaf) -> bytes:
         (["--env", "Pendulum-v1", "--algo", "sac", "--network", "lru"], "sac learns with MLPs"),
         (["--backend", "mjx"], "--backend is of Brax environments, which CartPole-v1 is not"),
         (["--preset", "huge"], "--preset is 'huge', expected 'standard' or 'tiny'"),
+        (["--algo", "bc"], "bc learns from data: name with --data a run in CartPole-v1 that gathers them"),
+        (["--data", "runs"], "--data is for bc and decision_transformer: ppo learns from what it does itself"),
+        (["--algo", "bc", "--data", "nowhere"], "nowhere has no checkpoint of a training run"),
+        (["--algo", "bc", "--data", "runs", "--steps", "7"], "less than one update, which takes 100 steps"),
+        (
+            ["--algo", "decision_transformer", "--data", "runs", "--network", "mlp"],
+            "decision_transformer learns with a causal mixer: use --network attention or rglru, say",
+        ),
     ],
 )
 def test_bad_arguments_end_with_one_clear_line(tmp_path, capsys, arguments, message):
@@ -232,6 +281,15 @@ def test_bad_arguments_end_with_one_clear_line(tmp_path, capsys, arguments, mess
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert not out.exists()
+
+
+def test_data_of_another_environment_are_refused(tmp_path, capsys, uninterrupted):
+    arguments = ["--env", "Acrobot-v1", "--algo", "bc", "--data", str(uninterrupted[0])]
+    with pytest.raises(SystemExit) as stop:
+        train_rl.main([*arguments, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: --data is a run with --env CartPole-v1, expected Acrobot-v1\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_config_refuses_is_told(capsys):

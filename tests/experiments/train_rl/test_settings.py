@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,6 +17,7 @@ from experiments.train_rl.settings import from_json, parse, plan
 from experiments.train_rl.training import make_chunk, start
 from rl.envs.make import names
 from rl.networks import CNN, MLP, Memory
+from rl.offline import Trajectories
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -30,6 +32,11 @@ def unchecked_keys():
         yield
 
 
+def flags(env: str, algo: str) -> list[str]:
+    """Names of both, and of data where they are needed."""
+    return ["--env", env, "--algo", algo, *(["--data", "elsewhere"] if ALGORITHMS[algo].offline else [])]
+
+
 def test_the_tables_name_what_there_is():
     assert set(TINY) == set(ALGORITHMS)
     assert {algo for name, algo in PRESETS if name == "*"} == set(ALGORITHMS)
@@ -42,12 +49,11 @@ def test_a_preset_makes_a_run_of_about_its_steps(name, algo):
     env = EXAMPLES.get(name, name)
     if isinstance(env, dict):
         env = env[ALGORITHMS[algo].actions[0]]
-    settings = parse(["--env", env, "--algo", algo]).settings
+    settings = parse(flags(env, algo)).settings
     planned = plan(settings)
     given = PRESETS[name, algo]
     assert (settings.config, settings.hyper, settings.steps) == (given.config, given.hyper, given.steps)
-    steps = planned.chunks * planned.updates * planned.algorithm.steps_per_update
-    assert abs(steps - settings.steps) <= 0.1 * settings.steps
+    assert abs(planned.steps - settings.steps) <= 0.1 * settings.steps
     assert 2 / 3 <= planned.chunks / settings.evaluations <= 3 / 2
     assert from_json(settings.to_json()) == settings
 
@@ -55,14 +61,19 @@ def test_a_preset_makes_a_run_of_about_its_steps(name, algo):
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_every_algorithm_gives_what_a_run_needs(algo):
     env = "CartPole-v1" if "discrete" in ALGORITHMS[algo].actions else "Pendulum-v1"
-    settings = parse(["--env", env, "--algo", algo, "--preset", "tiny"]).settings
-    planned = plan(settings)
-    state, untrained_S = jax.eval_shape(lambda: start(settings, planned))
+    settings = parse([*flags(env, algo), "--preset", "tiny"]).settings
+    planned, offline = plan(settings), ALGORITHMS[algo].offline
+    data = None
+    if offline:
+        mask_NL = jnp.ones((3, 7), bool)
+        data = Trajectories(jnp.zeros((3, 7, 4)), jnp.zeros((3, 7), int), jnp.zeros((3, 7)), mask_NL, mask_NL[:, 0])
+    state, untrained_S = jax.eval_shape(lambda data: start(settings, planned, data), data)
     after, metrics, bad_US = jax.eval_shape(make_chunk(settings, planned), state)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert untrained_S.shape == (2,)
     assert bad_US.shape == (planned.updates, 2)
-    for name in ("loss", "greedy_return", "episodes", "episode_return", "episode_length"):
+    told = ("action_error",) if offline else ("episodes", "episode_return", "episode_length")
+    for name in ("loss", "greedy_return", *told):
         assert metrics[name].shape == (1, 2), name
 
 
