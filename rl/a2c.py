@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import optax
 
 from rl import normalise, vector
-from rl.algorithm import Algorithm, Train, bad_values, trainer
+from rl.algorithm import Algorithm, Train, bad_values, check_actor_critic, check_kind, trainer
 from rl.collect import Rollout, collect
 from rl.losses import normalise_advantage, policy_gradient_loss, value_loss
 from rl.networks import Network, is_discrete, unroll
-from rl.normalise import Moments, RewardScale
+from rl.normalise import RewardScale
 from rl.policies import bounds, to_box
 from rl.returns import discounted_returns, generalised_advantages
 from rl.vector import Envs, episode_metrics
@@ -73,7 +73,7 @@ class A2CState(NamedTuple):
     opt_state: Any
     envs: Envs
     memory: Any
-    observations: Moments
+    observations: Any
     rewards: RewardScale
     update: jax.Array
     key: jax.Array
@@ -82,7 +82,11 @@ class A2CState(NamedTuple):
 
 
 def make(config: A2CConfig, env: Any, network: Network) -> Algorithm:
-    """A2C or REINFORCE in `env` with an actor-critic, such as `networks.actor_critic`; REINFORCE ignores the critic."""
+    """A2C or REINFORCE in `env` with an actor-critic, such as `networks.actor_critic`; REINFORCE ignores the critic.
+
+    Raises ValueError, in `init`, where the network's outputs do not fit.
+    """
+    check_kind("a2c", network, Network, "actor_critic")
     space = env.action_space(env.default_params)
     box = None if is_discrete(space) else bounds(space)
     axis = 0 if config.params_per_env else None
@@ -90,7 +94,7 @@ def make(config: A2CConfig, env: Any, network: Network) -> Algorithm:
     def to_env(action: jax.Array) -> jax.Array:
         return action if box is None else to_box(box, action)
 
-    def see(seen: Moments, obs: jax.Array) -> jax.Array:
+    def see(seen: Any, obs: Any) -> Any:
         return normalise.normalise(seen, obs) if config.normalise_observations else obs
 
     def optimiser(hyper: A2CHyper, update: jax.Array) -> optax.GradientTransformation:
@@ -109,13 +113,16 @@ def make(config: A2CConfig, env: Any, network: Network) -> Algorithm:
         k_params, k_reset, k_run = jax.random.split(key, 3)
         params = network.init(k_params)
         envs = start(k_reset, env_params)
+        memory = network.init_memory(config.environments)
+        observations = jax.tree.map(lambda x: normalise.moments(x.shape[1:]), envs.obs)
+        check_actor_critic("a2c", network, params, see(observations, envs.obs), memory, space)
         zero = jnp.zeros((), jnp.int32)
         return A2CState(
             params=params,
             opt_state=optimiser(hyper, zero).init(params),
             envs=envs,
-            memory=network.init_memory(config.environments),
-            observations=normalise.moments(envs.obs.shape[1:]),
+            memory=memory,
+            observations=observations,
             rewards=normalise.reward_scale(config.environments),
             update=zero,
             key=k_run,
@@ -197,7 +204,7 @@ def make(config: A2CConfig, env: Any, network: Network) -> Algorithm:
             **episode_metrics(outcome, mask_TE),
         }
 
-    def act(state: A2CState, key: jax.Array | None, obs_B: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+    def act(state: A2CState, key: jax.Array | None, obs_B: Any, memory: Any) -> tuple[jax.Array, Any]:
         (policy, _), memory = network.step(state.params, see(state.observations, obs_B), memory)
         return to_env(policy.mode() if key is None else policy.sample(key)), memory
 

@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rl.networks import ActorCritics, Network, is_discrete
+from rl.policies import Categorical, Gaussian
 from rl.rollout import Episodes, Step, rollout
 
 State = Any
-Act = Callable[[State, jax.Array | None, jax.Array, Any], tuple[jax.Array, Any]]
+Act = Callable[[State, jax.Array | None, Any, Any], tuple[jax.Array, Any]]
 
 
 class Algorithm(NamedTuple):
@@ -73,6 +75,48 @@ def evaluate(
         return action_B, memory, (keep(step.state), action_B)
 
     return rollout(key, env, env_params, policy, algorithm.init_memory(episodes), episodes, horizon)[0]
+
+
+def check_kind(algorithm: str, network: Any, kind: type[Network] | type[ActorCritics], maker: str) -> None:
+    """Raises ValueError for a network that is not of a kind, naming the function which makes those."""
+    if not isinstance(network, kind):
+        raise ValueError(
+            f"{algorithm}: network is a {type(network).__name__}, expected {kind.__name__}, as of networks.{maker}"
+        )
+
+
+def check_actor_critic(
+    algorithm: str, network: Network, params: Any, obs_B: Any, memory: Any, action_space: Any
+) -> None:
+    """Raises ValueError unless the network's outputs are (policy over a gymnax space, value (B,)). A policy of a class
+    other than `Policy` may have arrays of any shapes."""
+    batch, discrete = jax.tree.leaves(obs_B)[0].shape[0], is_discrete(action_space)
+    shape: Any = (batch, action_space.n) if discrete else (batch, *action_space.shape)
+    expected = (Categorical(shape) if discrete else Gaussian(shape, shape), (batch,))
+    check_outputs(
+        f"{algorithm}: the network's step", lambda: network.step(params, obs_B, memory)[0], expected, "actor_critic"
+    )
+
+
+def check_outputs(name: str, step: Callable[[], Any], expected: Any, maker: str) -> None:
+    """Raises ValueError unless what `step()` returns has the shapes `expected`, naming both, and the function of
+    `rl.networks` which makes what fits. Nothing is computed."""
+    found = jax.tree.map(lambda x: x.shape, jax.eval_shape(step))
+    if not _fits(found, expected):
+        raise ValueError(
+            f"{name} returned arrays of shapes {found}, expected {expected}, as of networks.{maker} for the "
+            "environment's action space"
+        )
+
+
+def _fits(found: Any, expected: Any) -> bool:
+    if isinstance(expected, Categorical | Gaussian):
+        # A class of one's own may hold any arrays; a mere tuple is no policy.
+        own = type(found) not in (tuple, Categorical, Gaussian)
+        return own or (type(found) is type(expected) and found == expected)
+    if isinstance(expected[0], tuple):
+        return isinstance(found, tuple) and len(found) == len(expected) and all(map(_fits, found, expected))
+    return found == expected
 
 
 def check_finite(metrics: Mapping[str, Any]) -> None:

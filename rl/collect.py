@@ -21,8 +21,8 @@ class Rollout(NamedTuple):
     `log_prob_TE`, `value_TE`; `next_value_TE` of what each step led to, before any reset; and the environments'
     `outcome`."""
 
-    obs_TE: jax.Array
-    raw_obs_TE: jax.Array
+    obs_TE: Any
+    raw_obs_TE: Any
     first_TE: jax.Array
     memory: Any
     action_TE: jax.Array

@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from rl import normalise, replay, vector
-from rl.algorithm import Algorithm, Train, bad_values, trainer
+from rl.algorithm import Algorithm, Train, bad_values, check_kind, check_outputs, trainer
 from rl.networks import Network, is_discrete
-from rl.normalise import Moments
 from rl.replay import Replay, Transition
 from rl.vector import Envs, episode_metrics
 
@@ -87,7 +86,7 @@ class DQNState(NamedTuple):
     learned: jax.Array
     replay: Replay
     envs: Envs
-    observations: Moments
+    observations: Any
     update: jax.Array
     key: jax.Array
     hyper: DQNHyper
@@ -97,19 +96,21 @@ class DQNState(NamedTuple):
 def make(config: DQNConfig, env: Any, network: Network) -> Algorithm:
     """DQN in `env` with a network whose outputs are the values of actions, such as `networks.q_network`.
 
-    Raises ValueError for actions that are not discrete, and for a network with a memory.
+    Raises ValueError for actions that are not discrete, for a network with a memory, and, in `init`, where the
+    network's outputs do not fit.
     """
     space = env.action_space(env.default_params)
     if not is_discrete(space):
         raise ValueError(f"dqn: action space is {type(space).__name__}, expected a Discrete")
+    check_kind("dqn", network, Network, "q_network")
     if network.recurrent:
         raise ValueError("dqn: the network has a memory, expected one without: the buffer has single transitions")
     axis = 0 if config.params_per_env else None
 
-    def see(seen: Moments, obs: jax.Array) -> jax.Array:
+    def see(seen: Any, obs: Any) -> Any:
         return normalise.normalise(seen, obs) if config.normalise_observations else obs
 
-    def q(params: Any, obs: jax.Array) -> jax.Array:
+    def q(params: Any, obs: Any) -> jax.Array:
         return network.step(params, obs, ())[0]
 
     def optimiser(hyper: DQNHyper, update: jax.Array) -> optax.GradientTransformation:
@@ -129,6 +130,9 @@ def make(config: DQNConfig, env: Any, network: Network) -> Algorithm:
         params = network.init(k_params)
         keys_E = jax.random.split(k_reset, config.environments)
         envs = vector.reset(keys_E, env, env_params, params_axis=axis)
+        observations = jax.tree.map(lambda x: normalise.moments(x.shape[1:]), envs.obs)
+        shape = (config.environments, space.n)
+        check_outputs("dqn: the network's step", lambda: q(params, see(observations, envs.obs)), shape, "q_network")
         obs = jax.tree.map(lambda x: x[0], envs.obs)
         zero = jnp.zeros((), jnp.int32)
         example = Transition(obs, zero, jnp.zeros(()), jnp.zeros((), bool), obs)
@@ -140,7 +144,7 @@ def make(config: DQNConfig, env: Any, network: Network) -> Algorithm:
             learned=zero,
             replay=replay.init(example, config.capacity),
             envs=envs,
-            observations=normalise.moments(envs.obs.shape[1:]),
+            observations=observations,
             update=jnp.zeros_like(zero),
             key=k_run,
             hyper=jax.tree.map(jnp.float32, hyper),
@@ -227,7 +231,7 @@ def make(config: DQNConfig, env: Any, network: Network) -> Algorithm:
             **episode_metrics(outcome),
         }
 
-    def act(state: DQNState, key: jax.Array | None, obs_B: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+    def act(state: DQNState, key: jax.Array | None, obs_B: Any, memory: Any) -> tuple[jax.Array, Any]:
         action_B = q(state.params, see(state.observations, obs_B)).argmax(-1)
         if key is None:
             return action_B, memory

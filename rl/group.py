@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from rl import grpo, normalise
-from rl.algorithm import Algorithm, Train, bad_values, trainer
+from rl.algorithm import Algorithm, Train, bad_values, check_actor_critic, check_kind, trainer
 from rl.grpo import Batch, GRPOConfig, TrainState
 from rl.losses import Level
 from rl.networks import Network, is_discrete, unroll
-from rl.normalise import Moments
 from rl.policies import bounds, to_box
 from rl.rollout import Episodes, Step, rollout
 
@@ -84,7 +83,7 @@ class GroupState(NamedTuple):
 
     params: Any
     opt_state: Any
-    observations: Moments
+    observations: Any
     update: jax.Array
     key: jax.Array
     hyper: GroupHyper
@@ -93,7 +92,11 @@ class GroupState(NamedTuple):
 
 def make(config: GroupConfig, env: Any, network: Network) -> Algorithm:
     """Group-relative policy optimisation in `env` of an actor-critic, such as `networks.actor_critic`, whose critic is
-    ignored. `steps_per_update` is the most that an update can take: episodes may end early."""
+    ignored. `steps_per_update` is the most that an update can take: episodes may end early.
+
+    Raises ValueError, in `init`, where the network's outputs do not fit.
+    """
+    check_kind("group", network, Network, "actor_critic")
     space = env.action_space(env.default_params)
     box = None if is_discrete(space) else bounds(space)
     batch_size = config.groups * config.episodes
@@ -101,17 +104,20 @@ def make(config: GroupConfig, env: Any, network: Network) -> Algorithm:
     def to_env(action: jax.Array) -> jax.Array:
         return action if box is None else to_box(box, action)
 
-    def see(seen: Moments, obs: jax.Array) -> jax.Array:
+    def see(seen: Any, obs: Any) -> Any:
         return normalise.normalise(seen, obs) if config.normalise_observations else obs
 
     def init(key: jax.Array, hyper: GroupHyper, env_params: Any) -> GroupState:
         k_params, k_shape, k_run = jax.random.split(key, 3)
         params = network.init(k_params)
         obs = jax.eval_shape(lambda: env.reset_env(k_shape, env_params)[0])
+        observations = jax.tree.map(lambda x: normalise.moments(x.shape), obs)
+        obs_1 = jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), obs)
+        check_actor_critic("group", network, params, see(observations, obs_1), network.init_memory(1), space)
         return GroupState(
             params=params,
             opt_state=grpo.start(config.optimiser, params, k_run).opt_state,
-            observations=normalise.moments(obs.shape),
+            observations=observations,
             update=jnp.zeros((), jnp.int32),
             key=k_run,
             hyper=jax.tree.map(jnp.float32, hyper),
@@ -132,21 +138,23 @@ def make(config: GroupConfig, env: Any, network: Network) -> Algorithm:
         obs, action, log_prob_BL = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), episodes.recorded)
         return episodes, Batch(obs, action, log_prob_BL, episodes.valid_TB.T, episodes.return_B)
 
-    def log_prob(params: Any, obs: jax.Array, action: jax.Array) -> jax.Array:
+    def log_prob(params: Any, obs: Any, action: jax.Array) -> jax.Array:
         if not network.recurrent:
             return network.step(params, obs, ())[0][0].log_prob(action)
-        obs_TB = jnp.swapaxes(obs, 0, 1)
+        obs_TB, action_TB = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (obs, action))
         # One episode a row: the memory it starts with is blank, and nothing resets it.
-        first_TB = jnp.zeros(obs_TB.shape[:2], bool)
-        (policy, _), _ = unroll(network, params, obs_TB, first_TB, network.init_memory(len(obs)))
-        return policy.log_prob(jnp.swapaxes(action, 0, 1)).T
+        first_TB = jnp.zeros(action_TB.shape[:2], bool)
+        (policy, _), _ = unroll(network, params, obs_TB, first_TB, network.init_memory(len(action)))
+        return policy.log_prob(action_TB).T
 
     def update(state: GroupState) -> tuple[GroupState, dict[str, jax.Array]]:
         k_play, k_learn = jax.random.split(jax.random.fold_in(state.key, state.update))
         episodes, batch = play(state, k_play)
-        obs, valid_BL = batch.inputs, batch.mask_BL
+        valid_BL = batch.mask_BL
         # What an episode seems to show after its end is not to be learned from or counted.
-        obs = jnp.where(valid_BL.reshape(*valid_BL.shape, *(1,) * (obs.ndim - 2)), obs, 0)
+        obs = jax.tree.map(
+            lambda x: jnp.where(valid_BL.reshape(*valid_BL.shape, *(1,) * (x.ndim - 2)), x, 0), batch.inputs
+        )
         batch = batch._replace(inputs=see(state.observations, obs))
         left = jnp.maximum(1.0 - state.update / config.updates, 0.0) if config.anneal else 1.0
         learned, metrics = grpo.improve(
@@ -171,7 +179,7 @@ def make(config: GroupConfig, env: Any, network: Network) -> Algorithm:
             "episode_length": episodes.length_B.mean(),
         }
 
-    def act(state: GroupState, key: jax.Array | None, obs_B: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+    def act(state: GroupState, key: jax.Array | None, obs_B: Any, memory: Any) -> tuple[jax.Array, Any]:
         (policy, _), memory = network.step(state.params, see(state.observations, obs_B), memory)
         return to_env(policy.mode() if key is None else policy.sample(key)), memory
 

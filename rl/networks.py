@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rl.policies import Categorical, Gaussian, Policy
 from seqmod import backbone
@@ -27,7 +28,8 @@ _ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "silu": jax.nn.silu}
 
 class Network(NamedTuple):
     """`init(key) -> params`, `init_memory(B) -> memory` (leaves (B, ...)), `step(params, obs_B, memory) -> (outputs,
-    memory)`; `recurrent` says whether there is a memory."""
+    memory)`; `recurrent` says whether there is a memory. An observation is whatever the environment gives, an array or
+    a pytree of them; the networks of this module take arrays."""
 
     init: Callable[[jax.Array], Params]
     init_memory: Callable[[int], Any]
@@ -276,8 +278,16 @@ def unroll(network: Network, params: Params, obs_TB: Any, first_TB: jax.Array, m
 
 
 def _flat(obs: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    lead = obs.shape[: obs.ndim - len(shape)]
+    lead = _lead(obs, shape)
     return obs.astype(jnp.float32).reshape(*lead, math.prod(shape))
+
+
+def _lead(obs: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of observations (..., *shape) before their own."""
+    found = jax.tree.map(jnp.shape, obs)
+    if not isinstance(obs, jax.Array | np.ndarray) or found[len(found) - len(shape) :] != shape:
+        raise ValueError(f"the network is for observations whose last axes are {shape}, it got {found}")
+    return found[: len(found) - len(shape)]
 
 
 def _cnn(config: CNN, obs_shape: tuple[int, ...]) -> tuple[Network, int]:
@@ -300,7 +310,7 @@ def _cnn(config: CNN, obs_shape: tuple[int, ...]) -> tuple[Network, int]:
         return {"convolutions": layers, "mlp": init_mlp(k_mlp, head, inputs)}
 
     def apply(params: Params, obs: jax.Array) -> jax.Array:
-        lead = obs.shape[:-3]
+        lead = _lead(obs, obs_shape)
         x = obs.astype(jnp.float32).reshape(-1, *obs_shape)
         for layer in params["convolutions"]:
             matrix = layer["kernel"].reshape(-1, layer["kernel"].shape[-1])

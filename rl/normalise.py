@@ -2,17 +2,19 @@
 
 All environments share them, wherever they run, and what was normalised by them stays so: a rollout uses those from
 before it. Moments are merged by the parallel formula of Chan, Golub and LeVeque (1983).
+
+Each array of an observation has `Moments` of its own: those of a dict of arrays are a dict of Moments.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
 class Moments(NamedTuple):
-    """The number of `samples`, their `mean` and `variance` (shape of a sample)."""
+    """Of an array: the number of `samples`, their `mean` and `variance` (shape of a sample)."""
 
     samples: jax.Array
     mean: jax.Array
@@ -24,8 +26,21 @@ def moments(shape: tuple[int, ...]) -> Moments:
     return Moments(jnp.array(1e-4), jnp.zeros(shape), jnp.ones(shape))
 
 
-def update(old: Moments, sample: jax.Array, mask: jax.Array | None = None) -> Moments:
-    """With samples (..., *shape) added; all leading axes are samples; with `mask` (...), where it is true."""
+def update(old: Any, sample: Any, mask: jax.Array | None = None) -> Any:
+    """Moments with samples (..., *shape) added; all leading axes are samples; with `mask` (...), where it is true."""
+    return jax.tree.map(lambda old, x: _update(old, x, mask), old, sample, is_leaf=_is_moments)
+
+
+def normalise(by: Any, x: Any, *, limit: float = 10.0) -> Any:
+    """x (..., *shape) by its Moments, with mean 0 and variance 1, clipped to +-limit."""
+    return jax.tree.map(lambda by, x: _normalise(by, x, limit), by, x, is_leaf=_is_moments)
+
+
+def _is_moments(x: Any) -> bool:
+    return isinstance(x, Moments)
+
+
+def _update(old: Moments, sample: jax.Array, mask: jax.Array | None) -> Moments:
     # Reduced over axes as they are: made one, they could not stay spread over devices.
     lead = sample.shape[: sample.ndim - old.mean.ndim]
     axes = tuple(range(len(lead)))
@@ -38,8 +53,7 @@ def update(old: Moments, sample: jax.Array, mask: jax.Array | None = None) -> Mo
     return Moments(count, old.mean + shift * (added / count), spread / count)
 
 
-def normalise(by: Moments, x: jax.Array, *, limit: float = 10.0) -> jax.Array:
-    """x (..., *shape) with mean 0 and variance 1, clipped to +-limit."""
+def _normalise(by: Moments, x: jax.Array, limit: float) -> jax.Array:
     lead = (1,) * (x.ndim - by.mean.ndim)
     mean, variance = (m.reshape(*lead, *m.shape) for m in by[1:])
     return jnp.clip((x - mean) * jax.lax.rsqrt(variance + 1e-8), -limit, limit)

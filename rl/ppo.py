@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import optax
 
 from rl import normalise, vector
-from rl.algorithm import Algorithm, Train, bad_values, trainer
+from rl.algorithm import Algorithm, Train, bad_values, check_actor_critic, check_kind, trainer
 from rl.collect import Rollout, collect
 from rl.losses import approximate_kl, clip_loss, normalise_advantage, value_loss
 from rl.networks import Network, is_discrete, unroll
-from rl.normalise import Moments, RewardScale
+from rl.normalise import RewardScale
 from rl.policies import bounds, to_box
 from rl.returns import generalised_advantages
 from rl.vector import Envs, episode_metrics
@@ -82,7 +82,7 @@ class PPOState(NamedTuple):
     opt_state: Any
     envs: Envs
     memory: Any
-    observations: Moments
+    observations: Any
     rewards: RewardScale
     update: jax.Array
     key: jax.Array
@@ -93,8 +93,10 @@ class PPOState(NamedTuple):
 def make(config: PPOConfig, env: Any, network: Network) -> Algorithm:
     """PPO in `env` with an actor-critic, such as `networks.actor_critic`.
 
-    Raises ValueError where the network has a memory and minibatches cannot be of whole environments.
+    Raises ValueError where the network has a memory and minibatches cannot be of whole environments, and, in `init`,
+    where its outputs do not fit.
     """
+    check_kind("ppo", network, Network, "actor_critic")
     if network.recurrent and config.environments % (config.minibatches * config.shards):
         raise ValueError(
             f"ppo: {config.environments} environments are not divisible by minibatches {config.minibatches} x shards "
@@ -107,7 +109,7 @@ def make(config: PPOConfig, env: Any, network: Network) -> Algorithm:
     def to_env(action: jax.Array) -> jax.Array:
         return action if box is None else to_box(box, action)
 
-    def see(seen: Moments, obs: jax.Array) -> jax.Array:
+    def see(seen: Any, obs: Any) -> Any:
         return normalise.normalise(seen, obs) if config.normalise_observations else obs
 
     def optimiser(hyper: PPOHyper, update: jax.Array) -> optax.GradientTransformation:
@@ -123,13 +125,16 @@ def make(config: PPOConfig, env: Any, network: Network) -> Algorithm:
         params = network.init(k_params)
         keys_E = jax.random.split(k_reset, config.environments)
         envs = vector.reset(keys_E, env, env_params, params_axis=axis)
+        memory = network.init_memory(config.environments)
+        observations = jax.tree.map(lambda x: normalise.moments(x.shape[1:]), envs.obs)
+        check_actor_critic("ppo", network, params, see(observations, envs.obs), memory, space)
         zero = jnp.zeros((), jnp.int32)
         return PPOState(
             params=params,
             opt_state=optimiser(hyper, zero).init(params),
             envs=envs,
-            memory=network.init_memory(config.environments),
-            observations=normalise.moments(envs.obs.shape[1:]),
+            memory=memory,
+            observations=observations,
             rewards=normalise.reward_scale(config.environments),
             update=zero,
             key=k_run,
@@ -220,7 +225,7 @@ def make(config: PPOConfig, env: Any, network: Network) -> Algorithm:
             **episode_metrics(outcome),
         }
 
-    def act(state: PPOState, key: jax.Array | None, obs_B: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+    def act(state: PPOState, key: jax.Array | None, obs_B: Any, memory: Any) -> tuple[jax.Array, Any]:
         (policy, _), memory = network.step(state.params, see(state.observations, obs_B), memory)
         return to_env(policy.mode() if key is None else policy.sample(key)), memory
 

@@ -18,10 +18,9 @@ import jax.numpy as jnp
 import optax
 
 from rl import normalise, replay, vector
-from rl.algorithm import Algorithm, Train, bad_values, trainer
+from rl.algorithm import Algorithm, Train, bad_values, check_kind, check_outputs, trainer
 from rl.distributions import squash, tanh_gaussian_sample_and_log_prob
 from rl.networks import ActorCritics, is_discrete
-from rl.normalise import Moments
 from rl.policies import bounds, to_box
 from rl.replay import Replay, Transition
 from rl.vector import Envs, episode_metrics
@@ -91,7 +90,7 @@ class SACState(NamedTuple):
     learned: jax.Array
     replay: Replay
     envs: Envs
-    observations: Moments
+    observations: Any
     update: jax.Array
     key: jax.Array
     hyper: SACHyper
@@ -101,24 +100,35 @@ class SACState(NamedTuple):
 def make(config: SACConfig, env: Any, network: ActorCritics) -> Algorithm:
     """SAC in `env` with a squashed actor and its critics, such as `networks.squashed_actor_critics`.
 
-    Raises ValueError for actions that are not a finite box, and for networks with a memory.
+    Raises ValueError for actions that are not a finite box, for networks with a memory, and, in `init`, where their
+    outputs do not fit.
     """
     space = env.action_space(env.default_params)
     if is_discrete(space):
         raise ValueError(f"sac: action space is {type(space).__name__}, expected a Box")
+    check_kind("sac", network, ActorCritics, "squashed_actor_critics")
     if network.actor.recurrent or network.critics.recurrent:
         raise ValueError("sac: a network has a memory, expected ones without: the buffer has single transitions")
     box = bounds(space)
     axis = 0 if config.params_per_env else None
 
-    def see(seen: Moments, obs: jax.Array) -> jax.Array:
+    def see(seen: Any, obs: Any) -> Any:
         return normalise.normalise(seen, obs) if config.normalise_observations else obs
 
-    def q(critics: Any, obs: jax.Array, action: jax.Array) -> jax.Array:
+    def q(critics: Any, obs: Any, action: jax.Array) -> jax.Array:
         return network.critics.step(critics, (obs, action), ())[0]
 
-    def draw(actor: Any, obs: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def draw(actor: Any, obs: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         return tanh_gaussian_sample_and_log_prob(key, *network.actor.step(actor, obs, ())[0])
+
+    def check(params: SACParams, obs_E: Any) -> None:
+        shape, maker = (config.environments, *space.shape), "squashed_actor_critics"
+        check_outputs(
+            "sac: the actor's step", lambda: network.actor.step(params.actor, obs_E, ())[0], (shape, shape), maker
+        )
+        check_outputs(
+            "sac: the critics' step", lambda: q(params.critics, obs_E, jnp.zeros(shape)), (2, shape[0]), maker
+        )
 
     def optimiser(hyper: SACHyper) -> optax.GradientTransformation:
         return optax.chain(optax.scale_by_adam(), optax.scale(-hyper.learning_rate))
@@ -131,6 +141,8 @@ def make(config: SACConfig, env: Any, network: ActorCritics) -> Algorithm:
         )
         keys_E = jax.random.split(k_reset, config.environments)
         envs = vector.reset(keys_E, env, env_params, params_axis=axis)
+        observations = jax.tree.map(lambda x: normalise.moments(x.shape[1:]), envs.obs)
+        check(params, see(observations, envs.obs))
         obs = jax.tree.map(lambda x: x[0], envs.obs)
         example = Transition(obs, jnp.zeros(space.shape), jnp.zeros(()), jnp.zeros((), bool), obs)
         return SACState(
@@ -141,7 +153,7 @@ def make(config: SACConfig, env: Any, network: ActorCritics) -> Algorithm:
             learned=jnp.zeros((), jnp.int32),
             replay=replay.init(example, config.capacity),
             envs=envs,
-            observations=normalise.moments(envs.obs.shape[1:]),
+            observations=observations,
             update=jnp.zeros((), jnp.int32),
             key=k_run,
             hyper=hyper,
@@ -245,7 +257,7 @@ def make(config: SACConfig, env: Any, network: ActorCritics) -> Algorithm:
             **episode_metrics(outcome),
         }
 
-    def act(state: SACState, key: jax.Array | None, obs_B: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+    def act(state: SACState, key: jax.Array | None, obs_B: Any, memory: Any) -> tuple[jax.Array, Any]:
         obs_B = see(state.observations, obs_B)
         mean_BA, _ = network.actor.step(state.params.actor, obs_B, ())[0]
         return to_box(box, squash(mean_BA)[0] if key is None else draw(state.params.actor, obs_B, key)[0]), memory

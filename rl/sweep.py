@@ -3,6 +3,9 @@
 train = ppo.make_train(config, env, network)
 hyper_H = grid(PPOHyper(), learning_rate=[1e-4, 1e-3], clip=[0.1, 0.2, 0.3])      # 6 settings
 states, metrics = sweep(train, jax.random.key(0), hyper_H, seeds=8)               # leaves (6, 8, ...)
+
+train = bc.make_train(config, env, network)
+states, metrics = sweep(train, jax.random.key(0), grid(BCHyper(), learning_rate=[1e-4, 1e-3]), seeds=8, data=data)
 """
 
 from itertools import product
@@ -34,9 +37,20 @@ def grid(hyper: Any, **values: ArrayLike) -> Any:
 
 
 def sweep(
-    train: Train, key: jax.Array, hyper_H: Any, seeds: int, env_params: Any = None, *, at_once: int | None = None
+    train: Train,
+    key: jax.Array,
+    hyper_H: Any,
+    seeds: int,
+    env_params: Any = None,
+    *,
+    data: Any = None,
+    at_once: int | None = None,
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Train every setting from the same `seeds` seeds. Returns (states, metrics), leaves (H, S, ...).
+
+    `data`: the data set of an algorithm whose `train` takes (key, data, hyper), see `rl.offline`, and no `env_params`.
+    The states of `bc` and `decision_transformer` have it once for each run: where it is large, give a function that
+    returns less of them than `train` does.
 
     `at_once` settings run side by side, all by default; fewer need less memory. Seeds always run side by side.
     """
@@ -47,10 +61,11 @@ def sweep(
         raise ValueError(f"sweep: at_once is {at_once}, expected 1..{count}, the number of settings")
 
     @jax.jit
-    def run(keys_S: jax.Array, hyper_H: Any) -> tuple[Any, dict[str, jax.Array]]:
+    def run(keys_S: jax.Array, hyper_H: Any, data: Any) -> tuple[Any, dict[str, jax.Array]]:
         def one(hyper: Any) -> Any:  # every setting gets the same seeds
-            return jax.vmap(train, in_axes=(0, None, None))(jax.random.clone(keys_S), hyper, env_params)
+            rest = (hyper, env_params) if data is None else (data, hyper)
+            return jax.vmap(train, in_axes=(0, None, None))(jax.random.clone(keys_S), *rest)
 
         return jax.vmap(one)(hyper_H) if at_once is None else jax.lax.map(one, hyper_H, batch_size=at_once)
 
-    return run(jax.random.split(key, seeds), hyper_H)
+    return run(jax.random.split(key, seeds), hyper_H, data)

@@ -1,8 +1,9 @@
 """Many environments stepped together, with an auto-reset that keeps the final observation.
 
 An environment is anything with gymnax 1.x's functions for one episode (`Environment` below): all of gymnax, those of
-`rl.envs`, Brax through `rl.envs.brax_env`. Termination, truncation and resets stay apart: `step` says which happened,
-and gives the observation an episode ended with beside the one the next episode starts from.
+`rl.envs`, Brax through `rl.envs.brax_env`. Its observations are arrays or pytrees of arrays. Termination, truncation
+and resets stay apart: `step` says which happened, and gives the observation an episode ended with beside the one the
+next episode starts from.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -40,7 +41,7 @@ class Envs(NamedTuple):
     `first_E` of its episode; `return_E` and `length_E` so far."""
 
     state: Any
-    obs: jax.Array
+    obs: Any
     first_E: jax.Array
     return_E: jax.Array
     length_E: jax.Array

@@ -44,6 +44,19 @@ def test_each_setting_gets_each_seed(at_once):
         np.testing.assert_allclose(metrics["loss"][setting, seed], wanted["loss"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("at_once", [None, 1])
+def test_each_setting_of_an_offline_algorithm_gets_each_seed_and_all_data(at_once):
+    hyper_H, data = grid(Hyper(), shift=[1.0, 2.0, 3.0]), jnp.array([0.25, 4.0])
+
+    def offline(key, data, hyper):
+        return train(key, hyper, data.sum())
+
+    got = sweep(offline, jax.random.key(0), hyper_H, 2, data=data, at_once=at_once)
+    wanted = sweep(train, jax.random.key(0), hyper_H, 2, 4.25, at_once=at_once)
+    assert got[0].shape == (3, 2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, wanted)
+
+
 def test_wrong_sweeps_are_named():
     with pytest.raises(ValueError, match="lerning_rate is no hyperparameter, expected some of"):
         grid(Hyper(), lerning_rate=[1.0])
