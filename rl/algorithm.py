@@ -119,22 +119,26 @@ def _fits(found: Any, expected: Any) -> bool:
     return found == expected
 
 
-def check_finite(metrics: Mapping[str, Any]) -> None:
-    """Raises FloatingPointError, naming metric and update, for observations or losses (metrics whose name has "loss")
-    that are not finite; arrays (updates, ...)."""
+def check_finite(metrics: Mapping[str, Any], *, axis: int = 0) -> None:
+    """Raises FloatingPointError for observations or losses (metrics whose name has "loss") that are not finite, naming
+    the metric, the first update where it is not, and, of several runs, one. `axis` is that of the updates: 0 in arrays
+    (updates, ...), -1 in those of a `train` that was mapped; the other axes are seeds, or settings and seeds."""
     found = np.asarray(metrics.get("bad_observations", 0))
     if found.any():
-        raise FloatingPointError(
-            f"observations are not finite in update {_first(found != 0)}: the environment is at fault"
-        )
+        where, run = _first(found != 0, axis)
+        raise FloatingPointError(f"observations are not finite in {where}: the environment is at fault{run}")
     for name, values in metrics.items():
         bad = ~np.isfinite(np.asarray(values))
         if "loss" in name and bad.any():
-            raise FloatingPointError(f"{name} is not finite in update {_first(bad)}: lower the learning rate, say")
+            where, run = _first(bad, axis)
+            raise FloatingPointError(f"{name} is not finite in {where}: lower the learning rate, say{run}")
 
 
-def _first(bad: np.ndarray) -> int:
-    return int(np.argwhere(bad)[0][0]) if bad.ndim else 0
+def _first(bad: np.ndarray, axis: int) -> tuple[str, str]:
+    """The first update that has bad values, and the index of a run that has them then, in words."""
+    update, *run = (int(index) for index in np.argwhere(np.moveaxis(np.atleast_1d(bad), axis, 0))[0])
+    index = run[0] if len(run) == 1 else tuple(run)
+    return f"update {update}", f" ({'seed' if len(run) == 1 else 'run'} {index})" if run else ""
 
 
 def bad_values(obs: Any) -> jax.Array:

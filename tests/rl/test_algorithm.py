@@ -1,12 +1,14 @@
-"""What algorithms refuse: networks made for another algorithm, another space, or other observations."""
+"""What is refused: networks made for another algorithm, space or observation, and metrics that are not finite."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from rl import a2c, dqn, group, ppo, sac
+from rl.algorithm import check_finite
 from rl.envs.probe import policy
 from rl.networks import CNN, MLP, ActorCritics, Network, actor_critic, feed_forward, q_network, squashed_actor_critics
 from rl.policies import Categorical
@@ -123,3 +125,27 @@ def test_observations_of_another_shape_are_refused(torso):
             jax.eval_shape(network.step, params, obs, ())
     (_, value), _ = jax.eval_shape(network.step, params, jnp.zeros((11, 4, 5, 3, 2)), ())
     assert value.shape == (11, 4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "bad", "where", "run"),
+    [
+        ((), 0, [()], "update 0", ""),
+        ((7,), 0, [(3,), (5,)], "update 3", ""),
+        ((7, 2), 0, [(4, 0), (3, 1)], "update 3", r" \(seed 1\)"),
+        ((2, 7), -1, [(0, 4), (1, 3)], "update 3", r" \(seed 1\)"),
+        ((5, 2, 7), -1, [(1, 1, 6), (4, 0, 3)], "update 3", r" \(run \(4, 0\)\)"),
+    ],
+    ids=["number", "run", "updates of seeds", "seeds of updates", "settings of seeds"],
+)
+def test_the_first_update_that_is_not_finite_is_named_and_its_seed(shape, axis, bad, where, run):
+    good, index = np.zeros(shape), tuple(np.transpose(bad))
+    counts, losses = good.astype(int), good.copy()
+    counts[index], losses[index] = 2, np.nan
+    check_finite({"bad_observations": good, "value_loss": good, "episode_return": losses}, axis=axis)
+    for metrics, said in (
+        ({"bad_observations": counts, "value_loss": losses}, f"observations are not finite in {where}: .* at fault"),
+        ({"bad_observations": good, "value_loss": losses}, f"value_loss is not finite in {where}: .* say"),
+    ):
+        with pytest.raises(FloatingPointError, match=f"^{said}{run}$"):
+            check_finite(metrics, axis=axis)
