@@ -68,7 +68,7 @@ test: setup ## all tests (WORKERS, ARGS)
 notebooks: setup ## execute every notebook, leaving the files as they are
 	$(BIN)/jupyter execute notebooks/*.ipynb
 
-bench: setup ## time the models and kernels on this device; long
+bench: setup ## time the models, kernels and RL on this device, without peers; long
 	$(BIN)/python -m experiments.bench
 
 # Each runtime has an environment of its own, of some 1.3 GB, so that .venv has neither.
