@@ -9,6 +9,7 @@ paper: arXiv 2512.20605, D.1.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -43,13 +44,17 @@ def _clocked(config: BackboneConfig, start: int) -> bool:
 
 def init(key: jax.Array, config: BackboneConfig) -> Params:
     """Fresh parameters as a nested dict: those of both ends, and "block_N" or, with `scan`, the stacked "blocks"."""
-    k_embed, k_heads, *k_blocks = jax.random.split(key, 2 + config.layers)
-    params = embedding.init(k_embed, k_heads, config)
-    each = [blocks.init(k_block, config.block(layer)) for layer, k_block in enumerate(k_blocks)]
+    keys = jax.random.split(key, 2 + config.layers)
+    params, k_blocks = embedding.init(keys[0], keys[1], config), keys[2:]
     if not config.scan:
+        each = [blocks.init(k_block, config.block(layer)) for layer, k_block in enumerate(k_blocks)]
         return params | {f"block_{layer}": block for layer, block in enumerate(each)}
-    groups = [each[start : start + config.period] for start in range(0, config.layers, config.period)]
-    return params | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups)}
+    # As one program for all repeats of a block, compilation takes no longer than for one.
+    stacked = [
+        jax.vmap(partial(blocks.init, config=config.block(member)))(k_blocks[member :: config.period])
+        for member in range(config.period)
+    ]
+    return params | {"blocks": stacked}
 
 
 def _block_params(params: Params, config: BackboneConfig, layer: int) -> Params:
