@@ -8,7 +8,7 @@ import pytest
 from experiments.internal_rl.__main__ import main
 from experiments.internal_rl.pipeline import STAGES
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 
 
 @pytest.fixture(scope="module")
