@@ -104,9 +104,9 @@ EPISODES = {"groups": 2, "episodes": 3, "horizon": 4, "updates": 2, "minibatches
     ("module", "config", "hyper", "network", "continuous"),
     [
         (ppo, ppo.PPOConfig(**SIZES, minibatches=5), ppo.PPOHyper(), gaussian, True),
-        (a2c, a2c.A2CConfig(**SIZES), a2c.A2CHyper(), remembering, False),
+        pytest.param(a2c, a2c.A2CConfig(**SIZES), a2c.A2CHyper(), remembering, False, marks=pytest.mark.slow),
         (group, group.GroupConfig(**EPISODES), group.GroupHyper(), remembering, False),
-        (dqn, dqn.DQNConfig(**SIZES, **BUFFER), dqn.DQNHyper(), values, False),
+        pytest.param(dqn, dqn.DQNConfig(**SIZES, **BUFFER), dqn.DQNHyper(), values, False, marks=pytest.mark.slow),
         (sac, sac.SACConfig(**SIZES, **BUFFER, gradient_steps=2), sac.SACHyper(), critics, True),
     ],
     ids=["ppo", "a2c-memory", "group-memory", "dqn", "sac"],
