@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl import a2c, dqn, group, ppo, sac
+from rl import a2c, bc, decision_transformer, dqn, group, ppo, sac
 from rl.algorithm import check_finite
 from rl.envs.probe import PROBES, Probe, ProbeEnv
 from rl.networks import MLP, Memory, actor_critic, q_network, squashed_actor_critics
+from rl.offline import Seen, Trajectories, collect_trajectories
 from seqmod import BackboneConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -154,8 +155,12 @@ ROWS = (
     Row("ppo", ppo, False, with_mlp, PPO, PPO_HYPER, PPO_TINY),
     Row("ppo-continuous", ppo, True, with_mlp, PPO, PPO_HYPER, PPO_TINY),
     Row("ppo-memory", ppo, False, with_memory, PPO, PPO_HYPER, PPO_TINY),
+    Row(
+        "ppo-memory-continuous", ppo, True, with_memory, replace(PPO, environments=16, updates=160), PPO_HYPER, PPO_TINY
+    ),
     Row("a2c", a2c, False, with_mlp, A2C, A2C_HYPER, A2C_TINY),
     Row("a2c-continuous", a2c, True, with_mlp, A2C, A2C_HYPER, A2C_TINY),
+    Row("a2c-memory", a2c, False, with_memory, replace(A2C, updates=300), A2C_HYPER, A2C_TINY),
     Row("reinforce", a2c, False, with_mlp, REINFORCE, A2C_HYPER, replace(A2C_TINY, baseline=False), None),
     Row("group", group, False, with_mlp, GROUP, GROUP_HYPER, GROUP_TINY, None),
     Row("group-continuous", group, True, with_mlp, GROUP, GROUP_HYPER, GROUP_TINY, None),
@@ -237,6 +242,127 @@ def test_without_memory_the_memory_probe_stays_at_chance(row):
     for return_U in learned.return_PSU[index]:
         late = return_U[len(return_U) // 2 :].mean()
         assert late < -0.9 if row.continuous else 0.4 < late < 0.6
+
+
+# Offline algorithms
+
+
+@dataclass(frozen=True)
+class Offline:
+    """An algorithm that learns the best actions from those of a uniform policy, and what it learns them with: of the
+    probe that needs a `memory`, or of the others."""
+
+    name: str
+    module: Any
+    continuous: bool
+    network: Callable[[Any], Any]
+    config: Any
+    hyper: Any
+    memory: bool = False
+
+
+def with_model(space):
+    return BackboneConfig(inputs=1, mixers=("rglru",), width=16, mlp=64)
+
+
+BC = bc.BCConfig(updates=1, gradient_steps=300, batch=128, top=0.4)
+BC_CONTINUOUS = replace(BC, top=0.1)
+BC_HYPER = bc.BCHyper(learning_rate=3e-3)
+DT = decision_transformer.DTConfig(updates=1, gradient_steps=300, batch=128, context=1, horizon=0, warmup=10)
+DT_CONTINUOUS = replace(DT, gradient_steps=1000)
+DT_MEMORY = replace(DT, gradient_steps=400, context=4, horizon=4)
+DT_HYPER = decision_transformer.DTHyper(learning_rate=5e-3)
+
+OFFLINE = (
+    Offline("bc", bc, False, with_mlp, BC, BC_HYPER),
+    Offline("bc-continuous", bc, True, with_mlp, BC_CONTINUOUS, BC_HYPER),
+    Offline("bc-memory", bc, False, with_memory, BC, BC_HYPER, memory=True),
+    Offline("bc-memory-continuous", bc, True, with_memory, BC_CONTINUOUS, BC_HYPER, memory=True),
+    Offline("dt", decision_transformer, False, with_model, DT, DT_HYPER),
+    Offline("dt-continuous", decision_transformer, True, with_model, DT_CONTINUOUS, DT_HYPER),
+    Offline("dt-memory", decision_transformer, False, with_model, DT_MEMORY, DT_HYPER, memory=True),
+)
+
+
+def decided(row: Offline) -> list[Probe]:
+    """Those that have a best action."""
+    return [probe for probe in probes(row.continuous) if probe.matters_NT.any() and probe.markov != row.memory]
+
+
+@cache
+def by_chance(continuous: bool) -> Trajectories:
+    """Of a uniform policy in each of the probes, leaves (P, N, ...)."""
+    env = environment(continuous)
+
+    def act(key, obs_B, memory):
+        return jnp.zeros(
+            (len(obs_B), 1) if continuous else len(obs_B), jnp.float32 if continuous else jnp.int32
+        ), memory
+
+    def some(key, index):
+        # Fewer than are cut down in collecting: that would be one more program to compile.
+        return collect_trajectories(key, act, env, Choice(index), episodes=61, horizon=STEPS, epsilon=1.0)
+
+    keys, index_P = jax.random.split(jax.random.key(0), 32), np.arange(len(probes(continuous)))
+    with UNCHECKED_KEYS():
+        data = jax.jit(jax.vmap(jax.vmap(some, (0, None)), (None, 0)))(keys, index_P)
+    return jax.tree.map(lambda x: x.reshape(len(index_P), -1, *x.shape[3:]), data)
+
+
+@cache
+def learn_offline(row: Offline) -> tuple[np.ndarray, np.ndarray | None]:
+    """Of probe P and seed S: greedy actions (P, S, N, T, ...) at the probe's observations, and those of a Decision
+    Transformer that is asked for the worst return."""
+    env = environment(row.continuous)
+    network = row.network(env.action_space(env.default_params))
+    algorithm = row.module.make(row.config, env, network)
+    train = row.module.make_train(row.config, env, network)
+
+    def actions(state, obs_NTF):
+        def look(memory, obs_NF):
+            # No reward comes before the action that matters.
+            seen = Seen(obs_NF, jnp.zeros(len(obs_NF))) if row.module is decision_transformer else obs_NF
+            action, memory = algorithm.act(state, None, seen, memory)
+            return memory, action
+
+        _, action_TN = jax.lax.scan(look, algorithm.init_memory(len(obs_NTF)), jnp.swapaxes(obs_NTF, 0, 1))
+        return jnp.swapaxes(action_TN, 0, 1)
+
+    def one(key, data, obs_NTF):
+        state, _ = train(key, data, row.hyper)
+        if row.module is bc:
+            return actions(state, obs_NTF), None
+        worst = decision_transformer.ask(state, data.return_N.min())
+        return actions(state, obs_NTF), actions(worst, obs_NTF)
+
+    obs_PNTF = np.stack([padded(probe.observation_NTF) for probe in decided(row)])
+    index_P = np.array([probes(row.continuous).index(probe) for probe in decided(row)])
+    data = jax.tree.map(lambda x: x[index_P], by_chance(row.continuous))
+    over_seeds = jax.vmap(one, in_axes=(0, None, None))
+    over_probes = jax.jit(jax.vmap(over_seeds, in_axes=(None, 0, 0)))
+    with UNCHECKED_KEYS():
+        return jax.device_get(over_probes(jax.random.split(jax.random.key(1), SEEDS), data, obs_PNTF))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("row", "probe"),
+    [pytest.param(row, probe, id=f"{row.name}-{probe.name}") for row in OFFLINE for probe in decided(row)],
+)
+def test_the_best_actions_are_learned_from_those_of_chance(row, probe):
+    """By cloning the best episodes, or by asking for the best return; asked for the worst, a Decision Transformer takes
+    the other of two actions. With continuous ones it learns the mean of those with about the same return: less closely,
+    in a range of 4."""
+    index = decided(row).index(probe)
+    best_PSNT, worst_PSNT = learn_offline(row)
+    N, T = probe.matters_NT.shape
+    best = probe.action_NT[probe.matters_NT]
+    close = (0.1 if row.module is bc else 0.2) if row.continuous else 0
+    for action_NT in best_PSNT[index][:, :N, :T]:
+        np.testing.assert_allclose(action_NT[probe.matters_NT], best, rtol=0, atol=close)
+    if worst_PSNT is not None and not row.continuous:
+        for action_NT in worst_PSNT[index][:, :N, :T]:
+            np.testing.assert_array_equal(action_NT[probe.matters_NT], 1 - best)
 
 
 # What holds for every run
