@@ -223,7 +223,7 @@ def train(run: Run, episodes: int = 128) -> dict[str, Any]:
         states, metrics = jax.block_until_ready(pieces[int(length)](states))
         seconds += time.perf_counter() - begun
         work += time.process_time() - begun_work
-        check_finite(metrics)
+        check_finite(metrics, axis=-1)
         rows.append(_trained(metrics) if test is None else test(states, jax.random.fold_in(jax.random.key(1), index)))
     returns = np.stack([np.asarray(row, float) for row in rows], axis=1)
     steps = algorithm.steps_per_update

@@ -124,6 +124,21 @@ PRESETS: Mapping[tuple[str, str], Preset] = {
         1_000_000,
         "own choice",
     ),
+    # Its raw observations hold the time, up to 200, and rewards of 10.
+    ("MetaMaze-misc", "ppo"): Preset(
+        PPOConfig(
+            environments=64,
+            steps=128,
+            epochs=4,
+            minibatches=4,
+            normalise_observations=True,
+            normalise_rewards=True,
+        ),
+        PPOHyper(learning_rate=1e-3, entropy=0.01),
+        _TANH,
+        1_000_000,
+        "own choice",
+    ),
     ("brax", "ppo"): Preset(
         PPOConfig(
             environments=64,
