@@ -58,7 +58,10 @@ def measure(mixer: str, options: Options) -> Memory:
         return nll(backbone.apply(params, config, tokens_BL)[0], tokens_BL)
 
     def temporary(loss) -> int:
-        return jax.jit(jax.grad(loss)).lower(params, tokens_BL).compile().memory_analysis().temp_size_in_bytes
+        plan = jax.jit(jax.grad(loss)).lower(params, tokens_BL).compile().memory_analysis()
+        if plan is None:
+            raise NotImplementedError(f"memory: {jax.default_backend()} does not say what a program needs")
+        return plan.temp_size_in_bytes
 
     return Memory(
         plain=temporary(lambda p, t: whole(p, t, config)),
