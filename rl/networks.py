@@ -142,9 +142,12 @@ def torso(config: Torso, obs_shape: tuple[int, ...]) -> tuple[Network, int]:
             return _memory(config, obs_shape)
 
 
-def actor_critic(obs_shape: tuple[int, ...], action_space: Any, config: Torso = MLP(), *, shared: bool = False):
+def actor_critic(
+    obs_shape: tuple[int, ...], action_space: Any, config: Torso = MLP(), *, shared: bool = False, log_std: float = 0.0
+):
     """A network whose outputs are (policy, value (...)): a `Policy` over a gymnax Discrete or Box space, for which
-    policy and value have torsos of their own unless `shared`. A memory is always shared. Raises ValueError for a Box
+    policy and value have torsos of their own unless `shared`. A memory is always shared. `log_std` is where the learned
+    log of the standard deviation of a Box's actions starts. Raises ValueError for a Box
     whose actions are no vectors."""
     discrete = is_discrete(action_space)
     actions = action_space.n if discrete else _action_size("actor_critic", action_space)
@@ -161,7 +164,7 @@ def actor_critic(obs_shape: tuple[int, ...], action_space: Any, config: Torso = 
         if not shared:
             params["critic"] = body.init(k_critic)
         if not discrete:
-            params["log_std"] = jnp.zeros(actions)
+            params["log_std"] = jnp.full(actions, log_std)
         return params
 
     def step(params: Params, obs: jax.Array, memory: Any) -> tuple[tuple[Policy, jax.Array], Any]:
@@ -171,8 +174,8 @@ def actor_critic(obs_shape: tuple[int, ...], action_space: Any, config: Torso = 
         y = dense(params["policy"], features)
         if discrete:
             return (Categorical(y), value), memory
-        log_std = jnp.broadcast_to(params["log_std"].reshape((1,) * (y.ndim - 1) + (-1,)), y.shape)
-        return (Gaussian(y, log_std), value), memory
+        spread = jnp.broadcast_to(params["log_std"].reshape((1,) * (y.ndim - 1) + (-1,)), y.shape)
+        return (Gaussian(y, spread), value), memory
 
     return Network(init, body.init_memory, step, body.recurrent)
 

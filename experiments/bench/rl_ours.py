@@ -56,8 +56,9 @@ def agent(run: Run) -> Agent:
     env, params = make(run.env, **options)
     shape, space = env.observation_space(params).shape, env.action_space(params)
     config, hyper, torso = _settings(run)
+    spread = preset(f"brax/{run.env.removeprefix('brax/')}", "ppo").network.log_std if run.backend else 0.0
     if isinstance(config, ppo.PPOConfig):
-        module, network = ppo, actor_critic(shape, space, torso)
+        module, network = ppo, actor_critic(shape, space, torso, log_std=spread)
     elif isinstance(config, dqn.DQNConfig):
         module, network = dqn, q_network(shape, space, torso, dueling=True)
     else:

@@ -31,6 +31,8 @@ class NetworkOptions:
     """Width of a memory."""
     shared: bool = False
     """One body for policy and value, which a memory is in any case."""
+    log_std: float = 0.0
+    """Log of the standard deviation that continuous actions start with; SAC has none of its own."""
     dueling: bool = False
     """DQN: values of actions as a value of the state and advantages."""
 
@@ -67,7 +69,7 @@ class Entry(NamedTuple):
 
 
 def _actor_critic(obs_shape: tuple[int, ...], space: Any, torso: Torso, options: NetworkOptions) -> Any:
-    return actor_critic(obs_shape, space, torso, shared=options.shared)
+    return actor_critic(obs_shape, space, torso, shared=options.shared, log_std=options.log_std)
 
 
 def _q_network(obs_shape: tuple[int, ...], space: Any, torso: Torso, options: NetworkOptions) -> Any:
