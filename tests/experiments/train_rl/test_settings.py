@@ -21,7 +21,7 @@ from rl.offline import Trajectories
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-EXAMPLES = {"*": {"discrete": "MetaMaze-misc", "continuous": "Reacher-misc"}, "MinAtar": "Breakout-MinAtar"}
+EXAMPLES = {"*": {"discrete": "Catch-bsuite", "continuous": "Reacher-misc"}, "MinAtar": "Breakout-MinAtar"}
 EXAMPLES |= {"brax": "brax/inverted_pendulum"}
 
 
