@@ -32,7 +32,7 @@ class NetworkOptions:
     shared: bool = False
     """One body for policy and value, which a memory is in any case."""
     log_std: float = 0.0
-    """Log of the standard deviation that continuous actions start with; SAC has none of its own."""
+    """Log of the standard deviation that continuous actions start with; SAC ignores it."""
     dueling: bool = False
     """DQN: values of actions as a value of the state and advantages."""
 
