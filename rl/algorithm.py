@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rl.networks import ActorCritics, Network, is_discrete
-from rl.policies import Categorical, Gaussian
+from rl.policies import POLICIES, Categorical, Gaussian, SquashedGaussian
 from rl.rollout import Episodes, Step, rollout
 
 State = Any
@@ -112,8 +112,9 @@ def check_outputs(name: str, step: Callable[[], Any], expected: Any, maker: str)
 def _fits(found: Any, expected: Any) -> bool:
     if isinstance(expected, Categorical | Gaussian):
         # A class of one's own may hold any arrays; a mere tuple is no policy.
-        own = type(found) not in (tuple, Categorical, Gaussian)
-        return own or (type(found) is type(expected) and found == expected)
+        own = type(found) not in (tuple, *POLICIES)
+        kinds = (Gaussian, SquashedGaussian) if isinstance(expected, Gaussian) else (Categorical,)
+        return own or (isinstance(found, kinds) and tuple(found) == tuple(expected))
     if isinstance(expected[0], tuple):
         return isinstance(found, tuple) and len(found) == len(expected) and all(map(_fits, found, expected))
     return found == expected

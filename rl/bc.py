@@ -20,7 +20,7 @@ from rl.algorithm import Algorithm, bad_values
 from rl.networks import Network, is_discrete, unroll
 from rl.normalise import Moments
 from rl.offline import Train, Trajectories, Windows
-from rl.policies import Categorical, Gaussian, Policy, bounds, from_box, to_box
+from rl.policies import POLICIES, Policy, bounds, from_box, to_box
 
 
 @dataclass(frozen=True)
@@ -153,4 +153,4 @@ def make_train(config: BCConfig, env: Any, network: Network) -> Train:
 
 def _policy(outputs: Any) -> Policy:
     """Of an actor-critic's (policy, value), or a policy by itself."""
-    return outputs if isinstance(outputs, Categorical | Gaussian) else outputs[0]
+    return outputs if isinstance(outputs, POLICIES) else outputs[0]

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Bound = float | jax.Array
 
@@ -67,9 +68,7 @@ def squash(pre_tanh: jax.Array, low: Bound = -1.0, high: Bound = 1.0) -> tuple[j
     half = (high - low) / 2
     # Rounding must not leave the bounds.
     action = jnp.clip(low + half * (jnp.tanh(pre_tanh) + 1), low, high)
-    # log(1 - tanh^2 u), where 1 - tanh^2 u itself would round to zero.
-    log_slope = 2 * (math.log(2) - pre_tanh - jax.nn.softplus(-2 * pre_tanh))
-    return action, (log_slope + jnp.log(half)).sum(-1)
+    return action, (_log_slope(pre_tanh) + jnp.log(half)).sum(-1)
 
 
 def tanh_gaussian_sample_and_log_prob(
@@ -100,3 +99,21 @@ def tanh_gaussian_log_prob(
     limit = 1 - jnp.finfo(action.dtype).eps
     pre_tanh = jnp.arctanh(jnp.clip(2 * (action - low) / (high - low) - 1, -limit, limit))
     return gaussian_log_prob(mean, log_std, pre_tanh) - squash(pre_tanh, low, high)[1]
+
+
+def tanh_gaussian_entropy(mean: jax.Array, log_std: jax.Array, points: int = 8) -> jax.Array:
+    """Entropy in nats of the Gaussian squashed to [-1, 1]; (..., Z) to (...).
+
+    It has no closed form. The mean of the log of tanh's slope is a Gauss-Hermite sum over `points` here; often a single
+    sample is used. With 8 the error is below 1e-3 nats a dimension up to a standard deviation of 1, 0.03 up to 2.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(points)
+    nodes = nodes.astype(np.float32).reshape((1,) * mean.ndim + (-1,))
+    weights = (weights / weights.sum()).astype(np.float32)
+    pre_tanh = mean[..., None] + jnp.exp(log_std)[..., None] * nodes
+    return gaussian_entropy(log_std) + (_log_slope(pre_tanh) @ weights).sum(-1)
+
+
+def _log_slope(pre_tanh: jax.Array) -> jax.Array:
+    """log(1 - tanh^2 u), where 1 - tanh^2 u itself would round to zero."""
+    return 2 * (math.log(2) - pre_tanh - jax.nn.softplus(-2 * pre_tanh))

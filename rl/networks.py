@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl.policies import Categorical, Gaussian, Policy
+from rl.policies import Categorical, Gaussian, Policy, SquashedGaussian
 from seqmod import backbone
 from seqmod.config import BackboneConfig
 
@@ -143,27 +143,41 @@ def torso(config: Torso, obs_shape: tuple[int, ...]) -> tuple[Network, int]:
 
 
 def actor_critic(
-    obs_shape: tuple[int, ...], action_space: Any, config: Torso = MLP(), *, shared: bool = False, log_std: float = 0.0
-):
+    obs_shape: tuple[int, ...],
+    action_space: Any,
+    config: Torso = MLP(),
+    *,
+    shared: bool = False,
+    log_std: float = 0.0,
+    squashed: bool = False,
+) -> Network:
     """A network whose outputs are (policy, value (...)): a `Policy` over a gymnax Discrete or Box space, for which
-    policy and value have torsos of their own unless `shared`. A memory is always shared. `log_std` is where the learned
-    log of the standard deviation of a Box's actions starts. Raises ValueError for a Box
-    whose actions are no vectors."""
+    policy and value have torsos of their own unless `shared`. A memory is always shared.
+
+    Of a Box's actions the log of the standard deviation starts at `log_std`, and is one parameter for each action. A
+    `squashed` policy is a `SquashedGaussian` instead, whose standard deviation depends on the observation. Raises
+    ValueError for a Box whose actions are no vectors."""
     discrete = is_discrete(action_space)
     actions = action_space.n if discrete else _action_size("actor_critic", action_space)
     body, size = torso(config, obs_shape)
     shared = shared or body.recurrent
+    squashed = squashed and not discrete
 
     def init(key: jax.Array) -> Params:
         k_actor, k_critic, k_policy, k_value = jax.random.split(key, 4)
         params = {
             "torso": body.init(k_actor),
-            "policy": init_dense(k_policy, size, actions, 0.01),
+            "policy": init_dense(k_policy, size, 2 * actions if squashed else actions, 0.01),
             "value": init_dense(k_value, size, 1, 1.0),
         }
         if not shared:
             params["critic"] = body.init(k_critic)
-        if not discrete:
+        if squashed:
+            # The inverse of the softplus in `step`.
+            params["policy"]["bias"] = (
+                params["policy"]["bias"].at[actions:].set(math.log(math.expm1(math.exp(log_std))))
+            )
+        elif not discrete:
             params["log_std"] = jnp.full(actions, log_std)
         return params
 
@@ -174,6 +188,9 @@ def actor_critic(
         y = dense(params["policy"], features)
         if discrete:
             return (Categorical(y), value), memory
+        if squashed:
+            mean, spread = jnp.split(y, 2, axis=-1)
+            return (SquashedGaussian(mean, jnp.log(jax.nn.softplus(spread) + 1e-3)), value), memory
         spread = jnp.broadcast_to(params["log_std"].reshape((1,) * (y.ndim - 1) + (-1,)), y.shape)
         return (Gaussian(y, spread), value), memory
 

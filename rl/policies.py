@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rl.distributions import categorical_entropy, categorical_log_prob, gaussian_entropy, gaussian_log_prob
+from rl.distributions import (
+    categorical_entropy,
+    categorical_log_prob,
+    gaussian_entropy,
+    gaussian_log_prob,
+    squash,
+    tanh_gaussian_entropy,
+    tanh_gaussian_log_prob,
+)
 
 
 class Categorical(NamedTuple):
@@ -73,7 +81,39 @@ class Gaussian(NamedTuple):
         return gaussian_entropy(self.log_std)
 
 
-Policy = Categorical | Gaussian
+class SquashedGaussian(NamedTuple):
+    """Actions (..., A) between -1 and 1: tanh of independent normal distributions, `mean` and `log_std` (..., A)."""
+
+    mean: jax.Array
+    log_std: jax.Array
+
+    def noise(self, key: jax.Array, steps: int) -> jax.Array:
+        """What `draw` needs for `steps` policies of this shape, drawn at once (steps, ..., A)."""
+        return jax.random.normal(key, (steps, *self.mean.shape))
+
+    def draw(self, noise: jax.Array) -> jax.Array:
+        """An action (..., A)."""
+        return squash(self.mean + jnp.exp(self.log_std) * noise)[0]
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """An action (..., A)."""
+        return self.draw(self.noise(key, 1)[0])
+
+    def mode(self) -> jax.Array:
+        """The squashed mean (..., A): the median, which stands for a mode that has no closed form."""
+        return squash(self.mean)[0]
+
+    def log_prob(self, action: jax.Array) -> jax.Array:
+        """Log-density (...) of actions (..., A); one on a bound counts as the last number before it."""
+        return tanh_gaussian_log_prob(self.mean, self.log_std, action)
+
+    def entropy(self) -> jax.Array:
+        """In nats (...), by quadrature."""
+        return tanh_gaussian_entropy(self.mean, self.log_std)
+
+
+Policy = Categorical | Gaussian | SquashedGaussian
+POLICIES = (Categorical, Gaussian, SquashedGaussian)
 
 
 class Bounds(NamedTuple):

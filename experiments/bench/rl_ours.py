@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from experiments.bench.rl_peers import Run
-from experiments.train_rl.presets import preset
+from experiments.train_rl.presets import Preset, preset
 from rl import dqn, ppo, sac
 from rl.algorithm import Algorithm, check_finite, evaluate
 from rl.envs.make import make
@@ -56,9 +56,10 @@ def agent(run: Run) -> Agent:
     env, params = make(run.env, **options)
     shape, space = env.observation_space(params).shape, env.action_space(params)
     config, hyper, torso = _settings(run)
-    spread = preset(f"brax/{run.env.removeprefix('brax/')}", "ppo").network.log_std if run.backend else 0.0
     if isinstance(config, ppo.PPOConfig):
-        module, network = ppo, actor_critic(shape, space, torso, log_std=spread)
+        own = _own(run)
+        policy = {"log_std": own.network.log_std, "squashed": own.network.squashed} if own else {}
+        module, network = ppo, actor_critic(shape, space, torso, **policy)
     elif isinstance(config, dqn.DQNConfig):
         module, network = dqn, q_network(shape, space, torso, dueling=True)
     else:
@@ -74,19 +75,31 @@ def note(run: Run) -> str:
     """How our settings differ from the peer's."""
     if run.algorithm == "ppo_rnn":
         return "the same; an RG-LRU in place of its GRU"
-    if run.backend:
-        return f"own: {preset(f'brax/{run.env.removeprefix("brax/")}', 'ppo').source}"
-    return "the same"
+    own = _own(run)
+    return f"own: {own.source}" if own else "the same"
+
+
+def _unrolled_once(run: Run) -> bool:
+    """Whether Brax's PPO unrolls each environment once per update."""
+    s = run.settings
+    return run.peer == "brax" and s["num_envs"] == s["batch_size"] * s["num_minibatches"]
+
+
+def _own(run: Run) -> Preset | None:
+    """The preset for a Brax environment where the peer's settings have no counterpart here."""
+    if not run.backend or _unrolled_once(run):
+        return None
+    return preset(f"brax/{run.env.removeprefix('brax/')}", "ppo")
 
 
 def _settings(run: Run) -> tuple[Any, Any, Any]:
     """(config, hyper, torso), the number of updates aside."""
     s = run.settings
-    if run.peer == "brax" or run.backend:
-        if "num_envs" in s and "unroll_length" in s and s["num_envs"] == s["batch_size"] * s["num_minibatches"]:
-            return _like_brax(s)
-        family = preset(f"brax/{run.env.removeprefix('brax/')}", "ppo")
-        return family.config, family.hyper, MLP(family.network.hidden, family.network.activation)
+    own = _own(run)
+    if own:
+        return own.config, own.hyper, MLP(own.network.hidden, own.network.activation)
+    if run.peer == "brax":
+        return _like_brax(s)
     match run.peer, run.algorithm:
         case "purejaxrl", "ppo" | "ppo_rnn":
             return _like_purejaxrl(s, recurrent=run.algorithm == "ppo_rnn")

@@ -33,6 +33,8 @@ class NetworkOptions:
     """One body for policy and value, which a memory is in any case."""
     log_std: float = 0.0
     """Log of the standard deviation that continuous actions start with; SAC ignores it."""
+    squashed: bool = False
+    """Continuous actions by tanh of a Gaussian whose standard deviation depends on the observation, as SAC's always."""
     dueling: bool = False
     """DQN: values of actions as a value of the state and advantages."""
 
@@ -69,7 +71,9 @@ class Entry(NamedTuple):
 
 
 def _actor_critic(obs_shape: tuple[int, ...], space: Any, torso: Torso, options: NetworkOptions) -> Any:
-    return actor_critic(obs_shape, space, torso, shared=options.shared, log_std=options.log_std)
+    return actor_critic(
+        obs_shape, space, torso, shared=options.shared, log_std=options.log_std, squashed=options.squashed
+    )
 
 
 def _q_network(obs_shape: tuple[int, ...], space: Any, torso: Torso, options: NetworkOptions) -> Any:

@@ -55,6 +55,18 @@ _BRAX = {"seeds": 1, "evaluations": 10, "episodes": 8}
 
 _REJAX_PPO = PPOConfig(environments=5, steps=100, epochs=5, minibatches=5, anneal=False)
 _ZOO_A2C = A2CConfig(environments=16, steps=5, anneal=False, normalise_observations=True, normalise_rewards=True)
+# With minibatches of 640 steps, as a sixteenth of the environments have them there.
+_BRAX_PPO = PPOConfig(
+    environments=256,
+    steps=80,
+    epochs=4,
+    minibatches=32,
+    anneal=False,
+    normalise_observations=True,
+    normalise_rewards=True,
+    resets=16,
+)
+_SQUASHED = NetworkOptions(hidden=(256, 256), activation="silu", log_std=-0.37, squashed=True)
 
 PRESETS: Mapping[tuple[str, str], Preset] = {
     ("CartPole-v1", "ppo"): Preset(
@@ -140,20 +152,19 @@ PRESETS: Mapping[tuple[str, str], Preset] = {
         "own choice",
     ),
     ("brax", "ppo"): Preset(
-        PPOConfig(
-            environments=256,
-            steps=80,
-            epochs=4,
-            minibatches=32,
-            anneal=False,
-            normalise_observations=True,
-            normalise_rewards=True,
-            resets=16,
-        ),
-        PPOHyper(learning_rate=3e-4, discount=0.97, lambda_=0.95, entropy=0.0),
-        NetworkOptions(hidden=(256, 256), activation="silu", log_std=-0.7),
+        _BRAX_PPO,
+        PPOHyper(learning_rate=3e-4, discount=0.97, clip=0.3, entropy=0.01),
+        _SQUASHED,
         1_000_000,
-        "steps an update, epochs, minibatches and discount of Brax's notebook for ant, environments a sixteenth",
+        "Brax's notebook for ant, with a sixteenth of its environments, normalised rewards, own networks",
+        **_BRAX,
+    ),
+    ("brax/halfcheetah", "ppo"): Preset(
+        replace(_BRAX_PPO, environments=128, steps=160, epochs=8, resets=8),
+        PPOHyper(learning_rate=3e-4, discount=0.95, clip=0.3, entropy=0.001),
+        _SQUASHED,
+        1_000_000,
+        "Brax's notebook for halfcheetah, with a sixteenth of its environments, normalised rewards, own networks",
         **_BRAX,
     ),
     ("*", "ppo"): Preset(

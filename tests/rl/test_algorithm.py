@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gymnax.environments import spaces
 
 from rl import a2c, dqn, group, ppo, sac
 from rl.algorithm import check_finite
@@ -15,6 +16,7 @@ from rl.policies import Categorical
 
 DISCRETE, CONTINUOUS = (policy(continuous).env for continuous in (False, True))
 TWO, BOX = (env.action_space(env.default_params) for env in (DISCRETE, CONTINUOUS))
+WIDER = spaces.Box(-1.0, 1.0, (2,))
 CONFIGS = {
     ppo: ppo.PPOConfig(environments=3, steps=4),
     a2c: a2c.A2CConfig(environments=3, steps=4),
@@ -63,8 +65,15 @@ def swapped(networks: ActorCritics) -> ActorCritics:
         (DISCRETE, plain(lambda B: (Categorical(jnp.zeros((B, 5))), jnp.zeros(B))), "logits=(B, 5)", "logits=(B, 2)"),
         (DISCRETE, plain(lambda B: (Categorical(jnp.zeros((B, 2))), jnp.zeros((B, 1)))), "(B, 1))", "(B,))"),
         (CONTINUOUS, squashed_actor_critics((1,), BOX).actor, "((B, 1), (B, 1))", "(Gaussian("),
+        (DISCRETE, actor_critic((1,), BOX, squashed=True), "(SquashedGaussian(mean=(B, 1)", "(Categorical("),
+        (
+            CONTINUOUS,
+            actor_critic((1,), WIDER, squashed=True),
+            "(SquashedGaussian(mean=(B, 2)",
+            "(Gaussian(mean=(B, 1)",
+        ),
     ],
-    ids=["q_network", "box", "discrete", "actions", "value", "actor"],
+    ids=["q_network", "box", "discrete", "actions", "value", "actor", "squashed", "squashed-actions"],
 )
 def test_policies_of_other_outputs_are_refused(module, env, network, found, expected):
     with pytest.raises(ValueError, match=rf"^{module.__name__[3:]}: the network's step returned") as error:

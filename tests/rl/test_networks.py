@@ -10,7 +10,7 @@ import pytest
 from gymnax.environments import spaces
 
 from rl.networks import CNN, MLP, Memory, actor_critic, squashed_actor_critics, torso, unroll
-from rl.policies import Categorical, Gaussian
+from rl.policies import Categorical, Gaussian, SquashedGaussian
 from seqmod import backbone
 from seqmod.config import BackboneConfig
 
@@ -70,6 +70,14 @@ def test_an_actor_critic_starts_indifferent():
         assert float(jnp.abs(output).max()) < 0.1
         kernel = params["torso"][0]["kernel"]
         np.testing.assert_allclose(kernel @ kernel.T, 2 * np.eye(6), atol=1e-5)  # orthogonal, scaled by sqrt 2
+
+
+def test_a_squashed_actor_starts_with_the_spread_it_is_given():
+    network = actor_critic((3,), spaces.Box(-1.0, 1.0, (4,)), MLP((16,)), log_std=-1.0, squashed=True)
+    (policy, value), _ = network.step(network.init(jax.random.key(1)), jnp.ones((5, 3)), ())
+    assert isinstance(policy, SquashedGaussian)
+    assert (policy.mean.shape, value.shape) == ((5, 4), (5,))
+    np.testing.assert_allclose(policy.log_std, np.full((5, 4), -1.0), atol=0.05)
 
 
 def test_a_shared_torso_gets_both_gradients():
