@@ -153,6 +153,11 @@ def _block(block: Block) -> str:
             return f'<div class="row">\n{inner}\n</div>'
 
 
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for a README."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
+
+
 def _table(head: str, rows: str, caption: str) -> str:
     under = f"<caption>{_escape(caption)}</caption>" if caption else ""
     return f'<div class="scroll"><table>{under}<thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'

@@ -36,6 +36,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from experiments.bench.aot_cases import TARGETS, Case, cases
+from experiments.report import markdown_table
 
 ROOT = Path(__file__).parents[2]
 TOLD = ("jax", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")  # packages whose versions matter
@@ -185,14 +186,14 @@ def _chip(told: dict[str, list[int]]) -> str:
 def table(results: Sequence[tuple[Case, Result]]) -> str:
     """Everything, a row a case; "chip" has one number of each kind for each kernel of the program."""
     columns = ("op", "variant", "target", "size", "dtype", "pass", "result", "s", "temp MiB", "chip")
-    rows = [columns, ("---",) * len(columns)]
+    rows = []
     for case, result in results:
         outcome = ": ".join(each for each in (result.outcome, result.message.replace("|", "\\|")) if each)
         outcome = outcome if result.expected(case) else f"**unexpected** {outcome}"
         compiled = result.outcome == "compiled"
         numbers = (f"{result.seconds:.1f}", f"{result.temp / 2**20:.1f}") if compiled else ("", "")
         rows.append((*case.names.values(), outcome, *numbers, _chip(result.told)))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(columns, rows)
 
 
 def summary(results: Sequence[tuple[Case, Result]]) -> str:
@@ -209,12 +210,12 @@ def summary(results: Sequence[tuple[Case, Result]]) -> str:
             parts += [f"{len(cases)} {outcome}" + (f" ({', '.join(reasons)})" if reasons else "")] if cases else []
         return "; ".join([*parts, _chip(most)] if most else parts)
 
-    rows = [("op", "variant", *targets), ("---",) * (2 + len(targets))]
+    rows = []
     for variant, group in groupby(results, key=lambda each: each[0].variant):
         group = list(group)
         cells = [cell([each for each in group if each[0].target.name == name]) for name in targets]
         rows.append((variant.op.__name__, variant.name, *cells))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(("op", "variant", *targets), rows)
 
 
 def main(

@@ -26,6 +26,7 @@ import tyro
 
 from experiments import plotting
 from experiments.bench.internal_rl import timed
+from experiments.report import markdown_table
 from seqmod.mixers import MIXERS, Mixer
 
 PASSES = ("forward", "forward+backward", "step")
@@ -146,7 +147,7 @@ def table(rows: Sequence[Row]) -> str:
     lengths = sorted({row.length for row in rows})
     head = ["mixer", "pass", *(f"{length:,}" for length in lengths), "exponent", "MiB at the end", "memory exponent"]
     head += ["efficiency length, time", "memory"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for name, causal in dict.fromkeys((row.mixer, row.causal) for row in rows):
         for run in PASSES:
             own = {row.length: row for row in rows if (row.mixer, row.causal, row.run) == (name, causal, run)}
@@ -168,7 +169,7 @@ def table(rows: Sequence[Row]) -> str:
                     for of in ("seconds", "temporary")
                 ]
             lines.append(cells)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown_table(head, lines)
 
 
 def _number(value: float | None, form: str = "{:.2f}") -> str:

@@ -34,6 +34,7 @@ from experiments import plotting
 from experiments.bench import rl_ours, rl_peers
 from experiments.bench.rl_peers import Run
 from experiments.bench.worker import Process, Worker
+from experiments.report import markdown_table
 
 HERE = Path(__file__).parent
 LEARNING = HERE / "rl_learning.json"
@@ -177,7 +178,7 @@ def speed_table(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(row.contender for row in rows))
     head = ["algorithm", "environment", "environments x steps", "seeds", *names, "ours / best peer"]
     head += [f"{name} compiles, s" for name in names]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for cell in dict.fromkeys(row.cell for row in rows):
         own = {row.contender: row for row in rows if row.cell == cell}
         speeds = [own[name].speed if name in own else None for name in names]
@@ -185,7 +186,7 @@ def speed_table(rows: Sequence[Row]) -> str:
         line = [cell.algorithm, cell.env, f"{cell.environments} x {cell.steps}", str(cell.seeds)]
         line += [_number(speed, "{:,.0f}") for speed in speeds] + [_number(ratio(list(own.values())), "{:.2f}")]
         lines.append(line + [_number(seconds, "{:.1f}") for seconds in compiled])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown_table(head, lines)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -255,14 +256,14 @@ def final(result: Mapping[str, Any] | None) -> str:
 def learning_table(ours: Mapping[str, Any], peers: Mapping[str, Any]) -> str:
     """A Markdown table of final returns; ours and the peer's have the same settings where the notes say nothing."""
     head = ["environment", "peer", "steps", "seeds", "returns", "peer's", "ours", "ours, CPU s", "settings"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for name, result in ours.items():
         measured = {"purejaxrl": "of training", "brax": "32 episodes"}.get(result["peer"], "128 episodes")
         env = result["env"].removeprefix("brax/") + (f" {result['backend']}" if result["backend"] else "")
         line = [env, f"{result['peer']} {result['algorithm']}", f"{result['steps']:,}", str(result["seeds"]), measured]
         line += [final(peers.get(name)), final(result), _number(_first(result.get("cpu_seconds")), "{:.0f}")]
         lines.append([*line, rl_ours.note(Run(**{key: result[key] for key in Run.__dataclass_fields__}))])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown_table(head, lines)
 
 
 def _first(values: Sequence[float] | None) -> float | None:

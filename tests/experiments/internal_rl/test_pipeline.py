@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from experiments.internal_rl import compare
 from experiments.internal_rl.__main__ import main
 from experiments.internal_rl.pipeline import STAGES
 
@@ -82,3 +83,25 @@ def test_refusals(finished, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--preset", "tiny", "--out", str(tmp_path / "new"), "--stages", "reinforce"])
     assert "needs stage discover" in capsys.readouterr().err
+
+
+def test_runs_are_compared_in_a_table(finished, tmp_path, capsys):
+    path, result = finished
+    part = tmp_path / "part"
+    main(["--preset", "tiny", "--out", str(part), "--stages", "pretrain", "--base.mixer", "rglru", "--seed", "3"])
+    capsys.readouterr()
+    compare.main([str(path), str(part)])
+    columns, _, whole, partial = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()
+    )
+    assert columns == list(compare.COLUMNS)
+    measured, cells = result["measured"], dict(zip(columns, whole, strict=True))
+    assert (cells["mixer"], cells["seed"]) == ("attention", "0")
+    success = [float(value) for value in cells["controllers, by layer"].split()]
+    np.testing.assert_allclose(success, measured["control"]["success_by_layer"], atol=0.005)
+    low, middle, high = np.quantile(measured["final_success"]["internal"], [0.25, 0.5, 0.75])
+    assert cells["internal RL"] == f"{middle:.2g} ({low:.2g} to {high:.2g})"
+    assert partial == ["rglru", "3", *[""] * 9, "0 of 0"]
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path)])
+    assert "is no finished run: it has no config.json" in capsys.readouterr().err
