@@ -11,7 +11,7 @@ memory where episodes begin.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from seqmod.config import BackboneConfig
 
 Params = Any
 Activation = Literal["tanh", "relu", "silu"]
+Initialisation = Literal["orthogonal", "lecun"]
 _ACTIVATIONS = {"tanh": jnp.tanh, "relu": jax.nn.relu, "silu": jax.nn.silu}
 
 
@@ -52,13 +53,22 @@ def _check(name: str, activation: str, **sizes: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True)
 class MLP:
-    """Hidden layers of an MLP over the flattened observation."""
+    """Hidden layers of an MLP over the flattened observation.
+
+    They begin orthogonal with a scale of sqrt 2 and heads smaller, as in Huang et al. (2022), or, heads too, uniform
+    with a variance of one over the inputs (LeCun et al., "Efficient BackProp", 1998), as in Brax.
+    """
 
     hidden: tuple[int, ...] = (64, 64)
     activation: Activation = "tanh"
+    initialisation: Initialisation = "orthogonal"
 
     def __post_init__(self) -> None:
         _check("MLP", self.activation, hidden=self.hidden)
+        if self.initialisation not in get_args(Initialisation):
+            raise ValueError(
+                f"MLP: initialisation is {self.initialisation!r}, expected one of {get_args(Initialisation)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -92,9 +102,17 @@ class Memory:
 Torso = MLP | CNN | Memory
 
 
-def init_dense(key: jax.Array, inputs: int, outputs: int, scale: float = math.sqrt(2)) -> Params:
-    """A layer with an orthogonal matrix of the given scale."""
-    return {"kernel": jax.nn.initializers.orthogonal(scale)(key, (inputs, outputs)), "bias": jnp.zeros(outputs)}
+def init_dense(
+    key: jax.Array,
+    inputs: int,
+    outputs: int,
+    scale: float = math.sqrt(2),
+    initialisation: Initialisation = "orthogonal",
+) -> Params:
+    """A layer with an orthogonal matrix of the given scale, or LeCun's uniform one, which has none."""
+    lecun = initialisation == "lecun"
+    kernel = jax.nn.initializers.lecun_uniform() if lecun else jax.nn.initializers.orthogonal(scale)
+    return {"kernel": kernel(key, (inputs, outputs)), "bias": jnp.zeros(outputs)}
 
 
 def dense(params: Params, x: jax.Array) -> jax.Array:
@@ -113,8 +131,9 @@ def init_mlp(key: jax.Array, config: MLP, inputs: int, outputs: int | None = Non
     """Hidden layers, then a linear one to `outputs` of the given scale, if any."""
     sizes = (inputs, *config.hidden)
     keys = [*jax.random.split(key, len(sizes))]
-    layers = [init_dense(k, a, b) for k, a, b in zip(keys, sizes[:-1], sizes[1:], strict=False)]
-    return layers if outputs is None else [*layers, init_dense(keys[-1], sizes[-1], outputs, scale)]
+    kind = config.initialisation
+    layers = [init_dense(k, a, b, initialisation=kind) for k, a, b in zip(keys, sizes[:-1], sizes[1:], strict=False)]
+    return layers if outputs is None else [*layers, init_dense(keys[-1], sizes[-1], outputs, scale, kind)]
 
 
 def mlp(params: Params, config: MLP, x: jax.Array) -> jax.Array:
@@ -147,31 +166,37 @@ def actor_critic(
     action_space: Any,
     config: Torso = MLP(),
     *,
+    critic: Torso | None = None,
     shared: bool = False,
     log_std: float = 0.0,
     squashed: bool = False,
 ) -> Network:
     """A network whose outputs are (policy, value (...)): a `Policy` over a gymnax Discrete or Box space, for which
-    policy and value have torsos of their own unless `shared`. A memory is always shared.
+    policy and value have torsos of their own unless `shared`, the value's that of `critic` if given. A memory is
+    always shared.
 
     Of a Box's actions the log of the standard deviation starts at `log_std`, and is one parameter for each action. A
     `squashed` policy is a `SquashedGaussian` instead, whose standard deviation depends on the observation. Raises
-    ValueError for a Box whose actions are no vectors."""
+    ValueError for a Box whose actions are no vectors, and for a `critic` where the torso is shared."""
     discrete = is_discrete(action_space)
     actions = action_space.n if discrete else _action_size("actor_critic", action_space)
     body, size = torso(config, obs_shape)
     shared = shared or body.recurrent
+    judge, judge_size = torso(critic or config, obs_shape)
+    if critic is not None and (shared or judge.recurrent):
+        raise ValueError("actor_critic: a critic of its own has no part in a shared torso or a memory")
     squashed = squashed and not discrete
+    kind, judge_kind = _heads(config), _heads(critic or config)
 
     def init(key: jax.Array) -> Params:
         k_actor, k_critic, k_policy, k_value = jax.random.split(key, 4)
         params = {
             "torso": body.init(k_actor),
-            "policy": init_dense(k_policy, size, 2 * actions if squashed else actions, 0.01),
-            "value": init_dense(k_value, size, 1, 1.0),
+            "policy": init_dense(k_policy, size, 2 * actions if squashed else actions, 0.01, kind),
+            "value": init_dense(k_value, judge_size, 1, 1.0, judge_kind),
         }
         if not shared:
-            params["critic"] = body.init(k_critic)
+            params["critic"] = judge.init(k_critic)
         if squashed:
             # The inverse of the softplus in `step`.
             params["policy"]["bias"] = (
@@ -183,7 +208,7 @@ def actor_critic(
 
     def step(params: Params, obs: jax.Array, memory: Any) -> tuple[tuple[Policy, jax.Array], Any]:
         features, memory = body.step(params["torso"], obs, memory)
-        seen = features if shared else body.step(params["critic"], obs, ())[0]
+        seen = features if shared else judge.step(params["critic"], obs, ())[0]
         value = dense(params["value"], seen)[..., 0]
         y = dense(params["policy"], features)
         if discrete:
@@ -265,6 +290,10 @@ def is_discrete(action_space: Any) -> bool:
     if hasattr(action_space, "low"):
         return False
     raise ValueError(f"action space is {type(action_space).__name__}, expected a Discrete or a Box")
+
+
+def _heads(config: Torso) -> Initialisation:
+    return config.initialisation if isinstance(config, MLP) else "orthogonal"
 
 
 def _action_size(name: str, box: Any) -> int:

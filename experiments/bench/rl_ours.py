@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from experiments.bench.rl_peers import Run
+from experiments.train_rl.algorithms import policy_network
 from experiments.train_rl.presets import Preset, preset
 from rl import dqn, ppo, sac
 from rl.algorithm import Algorithm, check_finite, evaluate
@@ -58,8 +59,9 @@ def agent(run: Run) -> Agent:
     config, hyper, torso = _settings(run)
     if isinstance(config, ppo.PPOConfig):
         own = _own(run)
-        policy = {"log_std": own.network.log_std, "squashed": own.network.squashed} if own else {}
-        module, network = ppo, actor_critic(shape, space, torso, **policy)
+        module, network = ppo, actor_critic(shape, space, torso)
+        if own:
+            network = policy_network(shape, space, torso, own.network)
     elif isinstance(config, dqn.DQNConfig):
         module, network = dqn, q_network(shape, space, torso, dueling=True)
     else:
@@ -97,7 +99,7 @@ def _settings(run: Run) -> tuple[Any, Any, Any]:
     s = run.settings
     own = _own(run)
     if own:
-        return own.config, own.hyper, MLP(own.network.hidden, own.network.activation)
+        return own.config, own.hyper, own.network.torso((), 0)
     if run.peer == "brax":
         return _like_brax(s)
     match run.peer, run.algorithm:

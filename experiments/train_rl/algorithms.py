@@ -6,7 +6,17 @@ from typing import Any, Literal, NamedTuple
 
 from rl import a2c, bc, decision_transformer, dqn, group, ppo, sac
 from rl.algorithm import Algorithm
-from rl.networks import CNN, MLP, Memory, Torso, actor_critic, is_discrete, q_network, squashed_actor_critics
+from rl.networks import (
+    CNN,
+    MLP,
+    Initialisation,
+    Memory,
+    Torso,
+    actor_critic,
+    is_discrete,
+    q_network,
+    squashed_actor_critics,
+)
 from seqmod.config import BackboneConfig
 from seqmod.mixers import MIXERS
 
@@ -23,6 +33,10 @@ class NetworkOptions:
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the MLP, the one after the convolutions or before the memory included."""
     activation: Activation = "tanh"
+    initialisation: Initialisation = "orthogonal"
+    """Of an MLP: orthogonal with small heads, or LeCun's uniform."""
+    critic: tuple[int, ...] = ()
+    """Widths of the value's own MLP, where they are not those of the policy's."""
     channels: tuple[int, ...] = (16,)
     """Of the convolutions."""
     layers: int = 1
@@ -44,7 +58,7 @@ class NetworkOptions:
         if kind == "auto":
             kind = "cnn" if len(obs_shape) == 3 else "mlp"
         if kind == "mlp":
-            return MLP(self.hidden, self.activation)
+            return MLP(self.hidden, self.activation, self.initialisation)
         if kind == "cnn":
             return CNN(self.channels, hidden=self.hidden, activation=self.activation)
         causal = sorted(name for name, mixer in MIXERS.items() if "causal self" in mixer.patterns)
@@ -70,9 +84,16 @@ class Entry(NamedTuple):
     offline: bool = False
 
 
-def _actor_critic(obs_shape: tuple[int, ...], space: Any, torso: Torso, options: NetworkOptions) -> Any:
+def policy_network(obs_shape: tuple[int, ...], space: Any, torso: Torso, options: NetworkOptions) -> Any:
+    own = replace(torso, hidden=options.critic) if options.critic and isinstance(torso, MLP) else None
     return actor_critic(
-        obs_shape, space, torso, shared=options.shared, log_std=options.log_std, squashed=options.squashed
+        obs_shape,
+        space,
+        torso,
+        critic=None if options.shared else own,
+        shared=options.shared,
+        log_std=options.log_std,
+        squashed=options.squashed,
     )
 
 
@@ -94,12 +115,12 @@ def _sequence_model(obs_shape: tuple[int, ...], space: Any, torso: Torso, option
 
 
 ALGORITHMS: Mapping[str, Entry] = {
-    "ppo": Entry(ppo.PPOConfig, ppo.PPOHyper, ppo.make, _actor_critic, ("discrete", "continuous")),
-    "a2c": Entry(a2c.A2CConfig, a2c.A2CHyper, a2c.make, _actor_critic, ("discrete", "continuous")),
-    "group": Entry(group.GroupConfig, group.GroupHyper, group.make, _actor_critic, ("discrete", "continuous")),
+    "ppo": Entry(ppo.PPOConfig, ppo.PPOHyper, ppo.make, policy_network, ("discrete", "continuous")),
+    "a2c": Entry(a2c.A2CConfig, a2c.A2CHyper, a2c.make, policy_network, ("discrete", "continuous")),
+    "group": Entry(group.GroupConfig, group.GroupHyper, group.make, policy_network, ("discrete", "continuous")),
     "dqn": Entry(dqn.DQNConfig, dqn.DQNHyper, dqn.make, _q_network, ("discrete",)),
     "sac": Entry(sac.SACConfig, sac.SACHyper, sac.make, _actor_critics, ("continuous",)),
-    "bc": Entry(bc.BCConfig, bc.BCHyper, bc.make, _actor_critic, ("discrete", "continuous"), offline=True),
+    "bc": Entry(bc.BCConfig, bc.BCHyper, bc.make, policy_network, ("discrete", "continuous"), offline=True),
     "decision_transformer": Entry(
         decision_transformer.DTConfig,
         decision_transformer.DTHyper,

@@ -80,6 +80,24 @@ def test_a_squashed_actor_starts_with_the_spread_it_is_given():
     np.testing.assert_allclose(policy.log_std, np.full((5, 4), -1.0), atol=0.05)
 
 
+def test_a_critic_of_its_own_and_the_spread_of_weights_that_begin_as_lecuns():
+    obs, space = jnp.ones((2, 30)), spaces.Discrete(4)
+    policy = MLP((40, 50), "silu", "lecun")
+    network = actor_critic((30,), space, policy, critic=MLP((60,), "silu", "lecun"))
+    params = network.init(jax.random.key(0))
+    (logits, value), _ = network.step(params, obs, ())
+    assert (logits.logits.shape, value.shape) == ((2, 4), (2,))
+    assert [layer["kernel"].shape for layer in params["critic"]] == [(30, 60)]
+    for layer in (*params["torso"], *params["critic"], params["policy"], params["value"]):
+        kernel = np.asarray(layer["kernel"])
+        limit = np.sqrt(3 / len(kernel))  # a uniform number within it has a variance of one over the inputs
+        assert 0.8 * limit < abs(kernel).max() <= limit
+        assert kernel.std() == pytest.approx(len(kernel) ** -0.5, rel=0.2)
+    grads = jax.grad(lambda params: network.step(params, obs, ())[0][1].sum())(params)
+    assert float(jnp.abs(grads["critic"][0]["kernel"]).sum()) > 0
+    assert float(jnp.abs(grads["torso"][0]["kernel"]).sum()) == 0
+
+
 def test_a_shared_torso_gets_both_gradients():
     network = actor_critic((3,), spaces.Discrete(2), MLP((4,)), shared=True)
     apart = actor_critic((3,), spaces.Discrete(2), MLP((4,)))
@@ -99,6 +117,11 @@ def test_wrong_settings_are_named():
         MLP(activation="gelu")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"MLP: hidden is \(0,\)"):
         MLP((0,))
+    with pytest.raises(ValueError, match="initialisation is 'zeros', expected one of"):
+        MLP(initialisation="zeros")  # pyright: ignore[reportArgumentType]
+    for shared, body in ((True, MLP()), (False, Memory())):
+        with pytest.raises(ValueError, match="a critic of its own has no part in a shared torso"):
+            actor_critic((3,), spaces.Discrete(2), body, critic=MLP(), shared=shared)
     with pytest.raises(ValueError, match="channels is empty"):
         CNN(())
     with pytest.raises(ValueError, match=r"shape \(4,\), expected \(H, W, C\)"):
