@@ -11,6 +11,7 @@ from rl.networks import (
     MLP,
     Initialisation,
     Memory,
+    Network,
     Torso,
     actor_critic,
     is_discrete,
@@ -84,7 +85,8 @@ class Entry(NamedTuple):
     offline: bool = False
 
 
-def policy_network(obs_shape: tuple[int, ...], space: Any, torso: Torso, options: NetworkOptions) -> Any:
+def policy_network(obs_shape: tuple[int, ...], space: Any, torso: Torso, options: NetworkOptions) -> Network:
+    """The actor-critic of the options, over a torso that they made."""
     own = replace(torso, hidden=options.critic) if options.critic and isinstance(torso, MLP) else None
     return actor_critic(
         obs_shape,
