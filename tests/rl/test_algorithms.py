@@ -156,12 +156,13 @@ SAC = sac.SACConfig(
 SAC_HYPER = sac.SACHyper(learning_rate=5e-3, discount=0.9, tau=0.1, temperature=0.1)
 SAC_TINY = sac.SACConfig(environments=3, steps=5, updates=3, capacity=24, learning_starts=9, gradient_steps=2, batch=7)
 
+MEMORY = Row("ppo-memory", ppo, False, with_memory, PPO, PPO_HYPER, PPO_TINY)
 ROWS = (
     Row("ppo", ppo, False, with_mlp, PPO, PPO_HYPER, PPO_TINY),
     Row("ppo-continuous", ppo, True, with_mlp, PPO, PPO_HYPER, PPO_TINY),
     # All of a network moves its spread, which at 1e-2 vanishes before the mean is right.
     Row("ppo-squashed", ppo, True, squashed, LONGER, PPO_HYPER._replace(learning_rate=3e-3), PPO_TINY),
-    Row("ppo-memory", ppo, False, with_memory, PPO, PPO_HYPER, PPO_TINY),
+    MEMORY,
     Row("ppo-memory-continuous", ppo, True, with_memory, LONGER, PPO_HYPER, PPO_TINY),
     Row("a2c", a2c, False, with_mlp, A2C, A2C_HYPER, A2C_TINY),
     Row("a2c-continuous", a2c, True, with_mlp, A2C, A2C_HYPER, A2C_TINY),
@@ -494,7 +495,7 @@ def test_rollouts_of_length_zero_are_refused(row):
     [
         (lambda: ppo.PPOConfig(environments=5, steps=7, minibatches=3), "minibatches 3"),
         (lambda: group.GroupConfig(groups=3, episodes=5, minibatches=2), "minibatches 2"),
-        (lambda: ppo.make(ppo.PPOConfig(environments=5, steps=6, minibatches=3), *ROWS[2].build()), "minibatches 3"),
+        (lambda: ppo.make(ppo.PPOConfig(environments=5, steps=6, minibatches=3), *MEMORY.build()), "minibatches 3"),
     ],
     ids=["ppo", "group", "ppo-memory"],
 )
