@@ -19,7 +19,7 @@ from rl import normalise, offline
 from rl.algorithm import Algorithm, bad_values
 from rl.networks import Network, is_discrete, unroll
 from rl.normalise import Moments
-from rl.offline import Train, Trajectories, Windows
+from rl.offline import Places, Train, Trajectories, Windows
 from rl.policies import POLICIES, Policy, bounds, from_box, to_box
 
 
@@ -113,29 +113,31 @@ def make(config: BCConfig, env: Any, network: Network) -> Algorithm:
         k_update = jax.random.fold_in(state.key, state.update)
         whole = network.recurrent and config.context is None
         steps = state.data.mask_NL.shape[1] if whole else config.context or 1
-        # All of an update's windows at once: drawing is dear next to a small network.
-        drawn = offline.sample_windows(
+        # An update's random numbers at once: drawing is dear next to a small network. Its windows one batch at a time.
+        places = offline.draw_places(
             k_update,
-            state.data,
+            state.data.length_N,
             config.batch * config.gradient_steps,
             steps if network.recurrent else 1,
             from_start=whole,
         )
-        drawn = drawn._replace(obs_BK=see(state.observations, drawn.obs_BK))
-        if box is not None:
-            drawn = drawn._replace(action_BK=from_box(box, drawn.action_BK))
+        places = jax.tree.map(lambda x: x.reshape(config.gradient_steps, config.batch, *x.shape[1:]), places)
         tx = optimiser(state.hyper)
 
-        def one(carry: tuple[Any, Any], part: Windows):
+        def one(carry: tuple[Any, Any], place: Places):
             params, opt_state = carry
+            part = offline.windows_at(state.data, place)
+            part = part._replace(obs_BK=see(state.observations, part.obs_BK))
+            if box is not None:
+                part = part._replace(action_BK=from_box(box, part.action_BK))
             grads, metrics = jax.grad(loss, has_aux=True)(params, part)
             updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), metrics | {"grad_norm": optax.tree.norm(grads)}
+            metrics |= {"grad_norm": optax.tree.norm(grads)}
+            return (optax.apply_updates(params, updates), opt_state), (metrics, bad_values(part.obs_BK))
 
-        batches = jax.tree.map(lambda x: x.reshape(config.gradient_steps, config.batch, *x.shape[1:]), drawn)
-        (params, opt_state), metrics = jax.lax.scan(one, (state.params, state.opt_state), batches)
+        (params, opt_state), (metrics, bad) = jax.lax.scan(one, (state.params, state.opt_state), places)
         new = state._replace(params=params, opt_state=opt_state, update=state.update + 1)
-        return new, {**jax.tree.map(jnp.mean, metrics), "bad_observations": bad_values(drawn.obs_BK)}
+        return new, {**jax.tree.map(jnp.mean, metrics), "bad_observations": bad.sum()}
 
     def act(state: BCState, key: jax.Array | None, obs_B: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
         outputs, memory = network.step(state.params, see(state.observations, obs_B), memory)

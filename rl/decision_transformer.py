@@ -37,7 +37,7 @@ from rl import normalise, offline
 from rl.algorithm import Algorithm, bad_values
 from rl.networks import is_discrete
 from rl.normalise import Moments
-from rl.offline import Seen, Train, Trajectories, Windows
+from rl.offline import Places, Seen, Train, Trajectories, Windows
 from rl.policies import Categorical, bounds, from_box, to_box
 from seqmod import backbone
 from seqmod.config import BackboneConfig
@@ -236,21 +236,25 @@ def make(config: DTConfig, env: Any, model: BackboneConfig) -> Algorithm:
 
     def update(state: DTState) -> tuple[DTState, dict[str, jax.Array]]:
         k_update = jax.random.fold_in(state.key, state.update)
-        # All of an update's windows at once: drawing is dear next to a small network.
-        drawn = offline.sample_windows(k_update, state.data, config.batch * config.gradient_steps, config.context)
-        drawn = drawn._replace(obs_BK=see(state.observations, drawn.obs_BK), left_BK=drawn.left_BK / state.scale)
+        # An update's random numbers at once: drawing is dear next to a small network. Its windows one batch at a time.
+        count = config.batch * config.gradient_steps
+        places = offline.draw_places(k_update, state.data.length_N, count, config.context)
+        places = jax.tree.map(lambda x: x.reshape(config.gradient_steps, config.batch, *x.shape[1:]), places)
+        left_NL = offline.returns_to_go(state.data.reward_NL, state.data.mask_NL) / state.scale
         tx = optimiser(state.hyper)
 
-        def one(carry: tuple[Any, Any], part: Windows):
+        def one(carry: tuple[Any, Any], place: Places):
             params, opt_state = carry
+            part = offline.windows_at(state.data, place, left_NL)
+            part = part._replace(obs_BK=see(state.observations, part.obs_BK))
             grads, metrics = jax.grad(loss, has_aux=True)(params, part)
             updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), metrics | {"grad_norm": optax.tree.norm(grads)}
+            metrics |= {"grad_norm": optax.tree.norm(grads)}
+            return (optax.apply_updates(params, updates), opt_state), (metrics, bad_values(part.obs_BK))
 
-        batches = jax.tree.map(lambda x: x.reshape(config.gradient_steps, config.batch, *x.shape[1:]), drawn)
-        (params, opt_state), metrics = jax.lax.scan(one, (state.params, state.opt_state), batches)
+        (params, opt_state), (metrics, bad) = jax.lax.scan(one, (state.params, state.opt_state), places)
         new = state._replace(params=params, opt_state=opt_state, update=state.update + 1)
-        return new, {**jax.tree.map(jnp.mean, metrics), "bad_observations": bad_values(drawn.obs_BK)}
+        return new, {**jax.tree.map(jnp.mean, metrics), "bad_observations": bad.sum()}
 
     def init_memory(batch: int) -> DTMemory:
         cache = backbone.init_state(model, batch, 3 * config.context - 1)

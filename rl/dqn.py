@@ -29,8 +29,9 @@ class DQNConfig:
 
     The target network goes `DQNHyper.tau` of the way to the network every `target_period` gradient steps: tau 1 copies
     it now and then, tau well below 1 and a period of 1 follow it softly. `anneal`: the learning rate falls linearly to
-    0. `resets`: fresh starts computed per step, see
-    `rl.vector.step`. `params_per_env`: the environment's parameters have a leading axis E.
+    0. `replay_dtype`: the type of observations in the buffer, which must hold them, such as "uint8" for MinAtar's zeros
+    and ones; None: their own. `resets`: fresh starts computed per step, see `rl.vector.step`. `params_per_env`: the
+    environment's parameters have a leading axis E.
     """
 
     environments: int = 8
@@ -45,6 +46,7 @@ class DQNConfig:
     max_grad_norm: float = 10.0
     anneal: bool = False
     normalise_observations: bool = False
+    replay_dtype: str | None = None
     resets: int | None = None
     params_per_env: bool = False
 
@@ -60,6 +62,7 @@ class DQNConfig:
             raise ValueError(
                 f"DQNConfig: learning_starts is {self.learning_starts}, expected at most the capacity {self.capacity}"
             )
+        replay.check_dtype("DQNConfig", self.replay_dtype)
 
 
 class DQNHyper(NamedTuple):
@@ -133,7 +136,7 @@ def make(config: DQNConfig, env: Any, network: Network) -> Algorithm:
         observations = jax.tree.map(lambda x: normalise.moments(x.shape[1:]), envs.obs)
         shape = (config.environments, space.n)
         check_outputs("dqn: the network's step", lambda: q(params, see(observations, envs.obs)), shape, "q_network")
-        obs = jax.tree.map(lambda x: x[0], envs.obs)
+        obs = replay.narrow(jax.tree.map(lambda x: x[0], envs.obs), config.replay_dtype)
         zero = jnp.zeros((), jnp.int32)
         example = Transition(obs, zero, jnp.zeros(()), jnp.zeros((), bool), obs)
         return DQNState(
@@ -194,11 +197,12 @@ def make(config: DQNConfig, env: Any, network: Network) -> Algorithm:
                 buffer, Transition(obs, action_E, outcome.reward_E, outcome.terminated_E, outcome.final_obs)
             )
 
+            def read(stored: Any) -> Any:
+                return see(state.observations, jax.tree.map(lambda x, like: x.astype(like.dtype), stored, obs))
+
             def learn(learner: tuple[Any, ...]):
                 part = replay.sample(buffer, bits_GB)
-                part = part._replace(
-                    obs=see(state.observations, part.obs), next_obs=see(state.observations, part.next_obs)
-                )
+                part = part._replace(obs=read(part.obs), next_obs=read(part.next_obs))
                 return jax.lax.scan(gradient_step, learner, part)
 
             def wait(learner: tuple[Any, ...]):

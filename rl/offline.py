@@ -62,6 +62,15 @@ class Windows(NamedTuple):
     mask_BK: jax.Array
 
 
+class Places(NamedTuple):
+    """Where B windows of K steps lie in a data set: in which episode, and at which of its steps (B, K), 0 where the
+    window is padded, which `mask_BK` tells. Small beside what stands there."""
+
+    episode_B: jax.Array
+    time_BK: jax.Array
+    mask_BK: jax.Array
+
+
 class Seen(NamedTuple):
     """An observation, and the `reward` of the step that led to it, 0 at the start of an episode."""
 
@@ -256,28 +265,26 @@ def observation_moments(data: Trajectories) -> Moments:
     return normalise.moments(mean.shape)._replace(samples=count, mean=mean, variance=variance)
 
 
-def sample_windows(
+def draw_places(
     key: jax.Array,
-    data: Trajectories,
+    length_N: jax.Array,
     batch: int,
     steps: int,
     *,
     from_start: bool = False,
     pad: Literal["left", "right"] = "right",
-) -> Windows:
-    """`batch` windows of `steps` K steps, drawn with replacement from the key.
+) -> Places:
+    """Where `batch` windows of `steps` K steps are, drawn with replacement from the key, in episodes of `length_N`.
 
     A window begins at any step of the data set, all equally likely, so that an episode counts by its length, and ends
     with its episode if that is sooner (Chen et al., arXiv 2106.01345, their code); or, `from_start`, at the first step
     of any episode, all equally likely. What it lacks in steps is padded on the given side.
     """
     if batch < 1 or steps < 1:
-        raise ValueError(f"sample_windows: batch is {batch} and steps {steps}, expected at least 1")
+        raise ValueError(f"draw_places: batch is {batch} and steps {steps}, expected at least 1")
     if pad not in ("left", "right"):
-        raise ValueError(f"sample_windows: pad is {pad!r}, expected 'left' or 'right'")
-    _check_shapes(data)
+        raise ValueError(f"draw_places: pad is {pad!r}, expected 'left' or 'right'")
     k_episode, k_start = jax.random.split(key)
-    length_N = data.length_N
     # The cumulated weights are exact integers, where probabilities in float32 would not be.
     weight_N = jnp.cumsum((length_N > 0).astype(jnp.int32) if from_start else length_N)
     drawn_B = jax.random.randint(k_episode, (batch,), 0, weight_N[-1])
@@ -288,16 +295,39 @@ def sample_windows(
     shift_B = jnp.maximum(start_B + steps - length_B, 0) if pad == "left" else jnp.zeros_like(start_B)
     time_BK = (start_B - shift_B)[:, None] + offset_K[None]
     mask_BK = (time_BK >= start_B[:, None]) & (time_BK < length_B[:, None])
-    time_BK = jnp.where(mask_BK, time_BK, 0)
+    return Places(episode_B, jnp.where(mask_BK, time_BK, 0), mask_BK)
+
+
+def windows_at(data: Trajectories, places: Places, left_NL: jax.Array | None = None) -> Windows:
+    """The windows at some places of a data set. `left_NL` are its returns to go, if they are at hand or scaled."""
+    episode_B, time_BK, mask_BK = places
+    if left_NL is None:
+        left_NL = returns_to_go(data.reward_NL, data.mask_NL)
 
     def pick(x_NL: jax.Array) -> jax.Array:
         x_BK = x_NL[episode_B[:, None], time_BK]
         return jnp.where(mask_BK.reshape(*mask_BK.shape, *(1,) * (x_BK.ndim - 2)), x_BK, 0)
 
-    left_NL = returns_to_go(data.reward_NL, data.mask_NL)
-    return Windows(
-        jax.tree.map(pick, data.obs_NL), pick(data.action_NL), pick(data.reward_NL), pick(left_NL), time_BK, mask_BK
-    )
+    parts = jax.tree.map(pick, (data.obs_NL, data.action_NL, data.reward_NL, left_NL))
+    return Windows(*parts, time_BK, mask_BK)
+
+
+def sample_windows(
+    key: jax.Array,
+    data: Trajectories,
+    batch: int,
+    steps: int,
+    *,
+    from_start: bool = False,
+    pad: Literal["left", "right"] = "right",
+) -> Windows:
+    """`batch` windows of `steps` K steps, at places as `draw_places` draws them.
+
+    For many batches, places can be drawn at once, and the windows of each batch made when it is needed.
+    """
+    _check_shapes(data)
+    places = draw_places(key, data.length_N, batch, steps, from_start=from_start, pad=pad)
+    return windows_at(data, places)
 
 
 Train = Callable[..., tuple[State, dict[str, jax.Array]]]

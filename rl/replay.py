@@ -47,6 +47,25 @@ def init(example: Any, capacity: int) -> Replay:
     return Replay(data, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
+def narrow(example: Any, dtype: str | None) -> Any:
+    """`example` with its floating-point arrays as `dtype`, for an `init` whose buffer takes less memory: `add` converts
+    to the types of the buffer. None leaves them as they are."""
+    if dtype is None:
+        return example
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, example)
+
+
+def check_dtype(owner: str, dtype: str | None) -> None:
+    """Raises ValueError, in the name of an algorithm's config, for what is neither None nor the name of a type."""
+    try:
+        if dtype is not None:
+            jnp.dtype(dtype)
+    except TypeError:
+        raise ValueError(
+            f"{owner}: replay_dtype is {dtype!r}, expected the name of a type, such as 'uint8' or 'bfloat16', or None"
+        ) from None
+
+
 def add(buffer: Replay, batch: Any) -> Replay:
     """With `batch` (leaves (N, ...)) in place of the oldest data. Raises ValueError unless N, which should be the same
     at every call, divides the capacity: then a batch never crosses the end, and writing it is one slice."""

@@ -31,6 +31,7 @@ class SACConfig:
     """`environments` E, each `steps` T per update, `updates` in all; after each of the T steps, `gradient_steps` with
     `batch` transitions each, from when the replay buffer of `capacity` transitions has `learning_starts` of them.
 
+    `replay_dtype`: the type of observations in the buffer, which must hold them, such as "bfloat16"; None: their own.
     `resets`: fresh starts computed per step, see `rl.vector.step`. `params_per_env`: the environment's parameters have
     a leading axis E.
     """
@@ -43,6 +44,7 @@ class SACConfig:
     gradient_steps: int = 8
     batch: int = 256
     normalise_observations: bool = False
+    replay_dtype: str | None = None
     resets: int | None = None
     params_per_env: bool = False
 
@@ -58,6 +60,7 @@ class SACConfig:
             raise ValueError(
                 f"SACConfig: learning_starts is {self.learning_starts}, expected at most the capacity {self.capacity}"
             )
+        replay.check_dtype("SACConfig", self.replay_dtype)
 
 
 class SACHyper(NamedTuple):
@@ -143,7 +146,7 @@ def make(config: SACConfig, env: Any, network: ActorCritics) -> Algorithm:
         envs = vector.reset(keys_E, env, env_params, params_axis=axis)
         observations = jax.tree.map(lambda x: normalise.moments(x.shape[1:]), envs.obs)
         check(params, see(observations, envs.obs))
-        obs = jax.tree.map(lambda x: x[0], envs.obs)
+        obs = replay.narrow(jax.tree.map(lambda x: x[0], envs.obs), config.replay_dtype)
         example = Transition(obs, jnp.zeros(space.shape), jnp.zeros(()), jnp.zeros((), bool), obs)
         return SACState(
             params=params,
@@ -221,11 +224,12 @@ def make(config: SACConfig, env: Any, network: ActorCritics) -> Algorithm:
                 buffer, Transition(obs, action_EA, outcome.reward_E, outcome.terminated_E, outcome.final_obs)
             )
 
+            def read(stored: Any) -> Any:
+                return see(state.observations, jax.tree.map(lambda x, like: x.astype(like.dtype), stored, obs))
+
             def learn(learner: tuple[Any, ...]):
                 part = replay.sample(buffer, bits_GB)
-                part = part._replace(
-                    obs=see(state.observations, part.obs), next_obs=see(state.observations, part.next_obs)
-                )
+                part = part._replace(obs=read(part.obs), next_obs=read(part.next_obs))
                 return jax.lax.scan(gradient_step, learner, (part, keys_G))
 
             def wait(learner: tuple[Any, ...]):

@@ -234,7 +234,14 @@ PRESETS: Mapping[tuple[str, str], Preset] = {
         "rejax gymnax/mountaincar.yaml; it moves the target by 1 % every 200 environment steps",
     ),
     ("MinAtar", "dqn"): Preset(
-        DQNConfig(environments=16, capacity=100_000, learning_starts=5_008, batch=32, target_period=1_000),
+        DQNConfig(
+            environments=16,
+            capacity=100_000,
+            learning_starts=5_008,
+            batch=32,
+            target_period=1_000,
+            replay_dtype="uint8",
+        ),
         DQNHyper(learning_rate=2.5e-4, epsilon_end=0.1, exploration=0.1),
         _IMAGE,
         1_000_000,

@@ -191,3 +191,23 @@ def test_cartpole_from_a_mixture():
     # The mixture is imitated as it is; its best fifth is good.
     assert returns[1.0] < 110
     assert returns[0.2] > 190
+
+
+def test_a_memory_learns_from_one_batch_of_episodes_at_a_time():
+    """Compiled memory beyond the state does not grow with the gradient steps of an update."""
+    network = actor_critic((F,), DISCRETE, Memory(BackboneConfig(inputs=1, mixers=("rglru",), width=8, mlp=8), MLP(())))
+    data = Trajectories(
+        obs_NL=jnp.zeros((5, 211, F)),
+        action_NL=jnp.zeros((5, 211), jnp.int32),
+        reward_NL=jnp.zeros((5, 211)),
+        mask_NL=jnp.ones((5, 211), bool),
+        terminated_N=jnp.ones(5, bool),
+    )
+    taken = []
+    for gradient_steps in (2, 20):
+        config = bc.BCConfig(gradient_steps=gradient_steps, batch=3)
+        algorithm = bc.make(config, spaces(DISCRETE), network)
+        state = jax.eval_shape(algorithm.init, jax.random.key(0), bc.BCHyper(), data)
+        taken.append(jax.jit(algorithm.update).lower(state).compile().memory_analysis().temp_size_in_bytes)
+    # Beside an observation, a step has an index, a place in its episode, and a mask.
+    assert taken[1] - taken[0] <= 18 * 3 * 211 * (4 + 4 + 1) + 4096

@@ -1,7 +1,9 @@
 """DQN: a gradient step as defined, exploration, when it learns, in-place updates, and CartPole."""
 
+from dataclasses import replace
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,6 +215,21 @@ def test_normalised_observations_are_stored_as_they_are():
     assert action_B.tolist() == [0]
 
 
+def test_a_narrow_buffer_that_holds_the_observations_changes_nothing():
+    """Observations are -1 or 1."""
+    env = probe.observed_value(continuous=False).env
+    config = DQNConfig(environments=7, steps=5, updates=2, capacity=70, learning_starts=14, batch=11)
+    found = {}
+    for dtype in (None, "int8"):
+        algorithm = dqn.make(replace(config, replay_dtype=dtype), env, _linear(env))
+        state = algorithm.init(jax.random.key(0), DQNHyper(), env.default_params)
+        found[dtype], _ = jax.jit(algorithm.update)(state)
+    narrow = found["int8"].replay.data
+    assert (narrow.obs.dtype, narrow.next_obs.dtype, narrow.reward.dtype) == (jnp.int8, jnp.int8, jnp.float32)
+    chex.assert_trees_all_equal(found["int8"].params, found[None].params)
+    assert int(found["int8"].learned) > 0
+
+
 def test_errors_name_what_is_wrong():
     env = probe.policy(continuous=False).env
     box = probe.policy(continuous=True).env
@@ -226,6 +243,7 @@ def test_errors_name_what_is_wrong():
         ("steps", 0, "steps is 0, expected at least 1"),
         ("capacity", 15, "capacity is 15, expected a multiple of 8 environments"),
         ("learning_starts", 20_000, "learning_starts is 20000, expected at most the capacity 16384"),
+        ("replay_dtype", "byte8", "DQNConfig: replay_dtype is 'byte8', expected the name of a type"),
     ]:
         with pytest.raises(ValueError, match=expected):
             DQNConfig(**{field: value})

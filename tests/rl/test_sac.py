@@ -1,7 +1,9 @@
 """SAC: its losses as defined, scaled actions, when it learns, in-place updates, and Pendulum."""
 
+from dataclasses import replace
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,6 +181,20 @@ def test_a_donated_update_writes_the_buffer_in_place(seeds):
     assert memory.temp_size_in_bytes < size / 10
 
 
+def test_a_narrow_buffer_that_holds_the_observations_changes_nothing():
+    """Observations are -1 or 1."""
+    env = probe.observed_value(continuous=True).env
+    config = SACConfig(environments=7, steps=5, updates=2, capacity=70, learning_starts=14, batch=11, gradient_steps=1)
+    found = {}
+    for dtype in (None, "bfloat16"):
+        algorithm = sac.make(replace(config, replay_dtype=dtype), env, _linear(env))
+        state = algorithm.init(jax.random.key(0), SACHyper(), env.default_params)
+        found[dtype], _ = jax.jit(algorithm.update)(state)
+    assert found["bfloat16"].replay.data.obs.dtype == jnp.bfloat16
+    chex.assert_trees_all_equal(found["bfloat16"].params, found[None].params)
+    assert int(found["bfloat16"].learned) > 0
+
+
 def test_errors_name_what_is_wrong():
     env = probe.policy(continuous=True).env
     discrete = probe.policy(continuous=False).env
@@ -193,6 +209,7 @@ def test_errors_name_what_is_wrong():
         ("gradient_steps", 0, "gradient_steps is 0, expected at least 1"),
         ("capacity", 15, "capacity is 15, expected a multiple of 8 environments"),
         ("learning_starts", 200_000, "learning_starts is 200000, expected at most the capacity 131072"),
+        ("replay_dtype", "half16", "SACConfig: replay_dtype is 'half16', expected the name of a type"),
     ]:
         with pytest.raises(ValueError, match=expected):
             SACConfig(**{field: value})
