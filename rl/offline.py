@@ -308,8 +308,8 @@ def windows_at(data: Trajectories, places: Places, left_NL: jax.Array | None = N
         x_BK = x_NL[episode_B[:, None], time_BK]
         return jnp.where(mask_BK.reshape(*mask_BK.shape, *(1,) * (x_BK.ndim - 2)), x_BK, 0)
 
-    parts = jax.tree.map(pick, (data.obs_NL, data.action_NL, data.reward_NL, left_NL))
-    return Windows(*parts, time_BK, mask_BK)
+    obs_BK = jax.tree.map(pick, data.obs_NL)
+    return Windows(obs_BK, pick(data.action_NL), pick(data.reward_NL), pick(left_NL), time_BK, mask_BK)
 
 
 def sample_windows(
