@@ -88,9 +88,21 @@ def check_kind(algorithm: str, network: Any, kind: type[Network] | type[ActorCri
 def check_actor_critic(
     algorithm: str, network: Network, params: Any, obs_B: Any, memory: Any, action_space: Any
 ) -> None:
-    """Raises ValueError unless the network's outputs are (policy over a gymnax space, value (B,)). A policy of a class
-    other than `Policy` may have arrays of any shapes."""
+    """Raises ValueError unless the network's outputs are (policy over a gymnax space, value (B,)), and its memory is
+    one of B episodes, none where it is not `recurrent`. A policy of a class other than `Policy` may have arrays of any
+    shapes."""
     batch, discrete = jax.tree.leaves(obs_B)[0].shape[0], is_discrete(action_space)
+    for x in jax.tree.leaves(memory):
+        if not network.recurrent:
+            raise ValueError(
+                f"{algorithm}: the network has a memory but recurrent=False: make it with recurrent=True, or without "
+                "memory, which is ()"
+            )
+        if jnp.shape(x)[:1] != (batch,):
+            raise ValueError(
+                f"{algorithm}: init_memory({batch}) has an array of shape {jnp.shape(x)}, expected ({batch}, ...): the "
+                "axis of episodes comes first"
+            )
     shape: Any = (batch, action_space.n) if discrete else (batch, *action_space.shape)
     expected = (Categorical(shape) if discrete else Gaussian(shape, shape), (batch,))
     check_outputs(
@@ -132,7 +144,9 @@ def check_finite(metrics: Mapping[str, Any], *, axis: int = 0) -> None:
         bad = ~np.isfinite(np.asarray(values))
         if "loss" in name and bad.any():
             where, run = _first(bad, axis)
-            raise FloatingPointError(f"{name} is not finite in {where}: lower the learning rate, say{run}")
+            raise FloatingPointError(
+                f"{name} is not finite in {where}: lower the learning rate, or look for a reward that is not, say{run}"
+            )
 
 
 def _first(bad: np.ndarray, axis: int) -> tuple[str, str]:

@@ -53,10 +53,15 @@ def sweep(
     returns less of them than `train` does.
 
     `at_once` settings run side by side, all by default; fewer need less memory. Seeds always run side by side.
+
+    Raises ValueError for no seeds, for settings that are not one in each row, and for `at_once` beyond their number.
     """
     if seeds < 1:
         raise ValueError(f"sweep: seeds is {seeds}, expected at least 1")
-    count = len(jax.tree.leaves(hyper_H)[0])
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(hyper_H)]
+    if not shapes or () in shapes or len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(f"sweep: fields of hyper_H have shapes {shapes}, expected (H,) all of them, as of grid")
+    count = shapes[0][0]
     if at_once is not None and not 1 <= at_once <= count:
         raise ValueError(f"sweep: at_once is {at_once}, expected 1..{count}, the number of settings")
 

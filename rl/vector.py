@@ -6,6 +6,7 @@ and resets stay apart: `step` says which happened, and gives the observation an 
 next episode starts from.
 """
 
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -33,6 +34,11 @@ class Environment(Protocol):
 
     def observation_space(self, params: Any) -> Any:
         """gymnax's Box."""
+        ...
+
+    @property
+    def default_params(self) -> Any:
+        """Where none are given; action spaces are asked for with them."""
         ...
 
 
@@ -65,7 +71,15 @@ class Outcome(NamedTuple):
 
 
 def reset(keys_E: jax.Array, env: Environment, params: Any, *, params_axis: int | None = None) -> Envs:
-    """Start E episodes, one for each key; with `params_axis=0` each has parameters of its own."""
+    """Start E episodes, one for each key; with `params_axis=0` each has parameters of its own. Raises ValueError for
+    such parameters without one value for each."""
+    count = len(keys_E)
+    for path, x in jax.tree.leaves_with_path(params) if params_axis is not None else ():
+        if jnp.shape(x)[:1] != (count,):
+            raise ValueError(
+                f"reset: params{jax.tree_util.keystr(path)} has shape {jnp.shape(x)}, expected ({count}, ...): one "
+                "value for each environment"
+            )
     obs, state = jax.vmap(env.reset_env, in_axes=(0, params_axis))(keys_E, params)
     zeros_E = jnp.zeros(len(keys_E))
     obs, state = jax.tree.map(_strongly_typed, (obs, state))
@@ -120,11 +134,15 @@ def advance(
     *,
     params_axis: int | None = None,
 ) -> tuple[Envs, Outcome]:
-    """`step` with the `starts` computed before, which a loop may do for all its steps at once."""
+    """`step` with the `starts` computed before, which a loop may do for all its steps at once. Raises TypeError where
+    a step makes floats of what begins as integers."""
     obs, state, reward_E, terminated_E, _ = jax.vmap(env.step_env, in_axes=(0, 0, 0, params_axis))(
         k_step_E, envs.state, action, params
     )
-    obs, state = jax.tree.map(lambda new, old: new.astype(old.dtype), (obs, state), (envs.obs, envs.state))
+    obs, state = (
+        jax.tree_util.tree_map_with_path(partial(_as_before, name), new, old)
+        for name, new, old in (("obs", obs, envs.obs), ("state", state, envs.state))
+    )
     terminated_E = terminated_E.astype(bool)
     truncated_E = jax.vmap(env.is_truncated, in_axes=(0, params_axis))(state, params) & ~terminated_E
     done_E = terminated_E | truncated_E
@@ -154,6 +172,16 @@ def episode_metrics(outcome: Outcome, mask: jax.Array | bool = True) -> dict[str
         for name, value in (("episode_return", outcome.return_E), ("episode_length", outcome.length_E))
     }
     return {"episodes": count, **mean}
+
+
+def _as_before(name: str, path: Any, new: jax.Array, old: jax.Array) -> jax.Array:
+    """In the type of the reset, as a loop's carry must be. To cut numbers down to integers would be another task."""
+    if jnp.issubdtype(new.dtype, jnp.inexact) and not jnp.issubdtype(old.dtype, jnp.inexact):
+        raise TypeError(
+            f"step: {name}{jax.tree_util.keystr(path)} of step_env is {new.dtype}, but {old.dtype} of reset_env, which "
+            "has no fractions: let both be floats"
+        )
+    return new.astype(old.dtype)
 
 
 def _strongly_typed(x: Any) -> jax.Array:

@@ -18,7 +18,7 @@ DISCRETE, CONTINUOUS = (policy(continuous).env for continuous in (False, True))
 TWO, BOX = (env.action_space(env.default_params) for env in (DISCRETE, CONTINUOUS))
 WIDER = spaces.Box(-1.0, 1.0, (2,))
 CONFIGS = {
-    ppo: ppo.PPOConfig(environments=3, steps=4),
+    ppo: ppo.PPOConfig(environments=3, steps=4, minibatches=3),
     a2c: a2c.A2CConfig(environments=3, steps=4),
     group: group.GroupConfig(groups=2, episodes=2, horizon=2),
     dqn: dqn.DQNConfig(environments=3, steps=4, capacity=9, learning_starts=5),
@@ -115,6 +115,22 @@ def test_networks_of_another_kind_are_refused(module):
     expected = "Network, expected ActorCritics" if module is sac else "ActorCritics, expected Network"
     with pytest.raises(ValueError, match=f"{module.__name__[3:]}: network is a {expected}, as of networks"):
         module.make(CONFIGS[module], env, wrong)
+
+
+@pytest.mark.parametrize("module", POLICIES)
+@pytest.mark.parametrize(
+    ("recurrent", "shape", "message"),
+    [
+        (False, lambda B: (B, 7), "has a memory but recurrent=False"),
+        (True, lambda B: (2, B, 7), r"init_memory\((\d)\) has an array of shape \(2, \1, 7\), expected \(\1, \.\.\.\)"),
+    ],
+    ids=["unsaid", "layers first"],
+)
+def test_memories_that_would_be_mixed_up_are_refused(module, recurrent, shape, message):
+    network = plain(lambda B: (Categorical(jnp.zeros((B, 2))), jnp.zeros(B)))
+    network = network._replace(init_memory=lambda B: jnp.zeros(shape(B)), recurrent=recurrent)
+    with pytest.raises(ValueError, match=message):
+        begin(module, DISCRETE, network)
 
 
 def test_a_policy_of_ones_own_class_is_taken():

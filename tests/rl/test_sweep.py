@@ -64,6 +64,9 @@ def test_wrong_sweeps_are_named():
         grid(Hyper(), rate=1.0)
     with pytest.raises(ValueError, match=r"rate is \[\], expected a list"):
         grid(Hyper(), rate=[])
+    for hyper_H in (Hyper(), grid(Hyper(), rate=[1.0, 2.0])._replace(rate=jnp.ones(3)), ()):
+        with pytest.raises(ValueError, match=r"fields of hyper_H have shapes \[.*\], expected \(H,\) all"):
+            sweep(train, jax.random.key(0), hyper_H, 1)
     with pytest.raises(ValueError, match="seeds is 0"):
         sweep(train, jax.random.key(0), grid(Hyper(), rate=[1.0]), 0)
     with pytest.raises(ValueError, match=r"at_once is 3, expected 1\.\.2"):

@@ -1,5 +1,7 @@
 """Environments stepped together: gymnax's own step, step for step; statistics, resets and parameters."""
 
+from dataclasses import dataclass
+
 import gymnax
 import jax
 import jax.numpy as jnp
@@ -131,6 +133,36 @@ def test_each_environment_may_have_parameters_of_its_own(tiny):
         jax.random.split(jax.random.key(1), 3), envs, jnp.zeros(3, jnp.int32), tiny, params, params_axis=0
     )
     np.testing.assert_array_equal(outcome.truncated_E, [True, False, False])
+
+
+@pytest.mark.parametrize(("count", "found"), [(2, r"\.longest has shape \(3,\)"), (3, r"\.max_steps has shape \(\)")])
+def test_parameters_that_are_not_one_for_each_environment_are_named(tiny, count, found):
+    params = tiny.params(longest=jnp.ones(3, jnp.int32), max_steps=7)
+    with pytest.raises(ValueError, match=rf"{found}, expected \({count}, \.\.\.\)"):
+        vector.reset(jax.random.split(jax.random.key(0), count), tiny, params, params_axis=0)
+
+
+def test_floats_are_not_cut_down_to_the_integers_of_a_reset(tiny):
+    @dataclass(frozen=True)
+    class Growing(type(tiny)):
+        """Its length is an integer at first and grows by a half at a step."""
+
+        def step_env(self, key, state, action, params):
+            obs, state, *rest = super().step_env(key, state, action, params)
+            return obs, state._replace(length=state.length + 0.5), *rest
+
+    def step(env, dtype):
+        envs = vector.reset(jax.random.split(jax.random.key(0), 3), env, tiny.params())
+        envs = envs._replace(obs=envs.obs.astype(dtype))
+        return vector.step(jax.random.split(jax.random.key(1), 3), envs, jnp.zeros(3, jnp.int32), env, tiny.params())
+
+    message = r"{} of step_env is float32, but int32 of reset_env"
+    with pytest.raises(TypeError, match=message.format(r"state\.length")):
+        jax.eval_shape(lambda: step(Growing(), jnp.float32))
+    with pytest.raises(TypeError, match=message.format("obs")):
+        jax.eval_shape(lambda: step(tiny, jnp.int32))
+    after, outcome = jax.eval_shape(lambda: step(tiny, jnp.bfloat16))
+    assert after.obs.dtype == outcome.final_obs.dtype == jnp.bfloat16
 
 
 def test_wrong_numbers_of_resets_are_named(tiny):
