@@ -1,7 +1,7 @@
 """Advantage actor-critic, synchronous (A2C; Mnih et al., arXiv 1602.01783), and REINFORCE (Williams, 1992).
 
 Per update: T steps in E environments, generalised advantages (arXiv 1506.02438; lambda 1 gives n-step returns), and one
-gradient step on all of them.
+gradient step on all of them. RMSprop has its epsilon inside the root, as there.
 
 REINFORCE, `baseline=False`, has no critic: an action is weighted by the discounted rewards that followed it. Every
 update then starts E new episodes and learns from the first of each environment, up to T steps; one that is longer
@@ -52,6 +52,8 @@ class A2CConfig:
         for name in ("environments", "steps", "updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"A2CConfig: {name} is {getattr(self, name)}, expected at least 1")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"A2CConfig: max_grad_norm is {self.max_grad_norm}, expected a number above 0")
         if self.optimiser not in ("rmsprop", "adam"):
             raise ValueError(f"A2CConfig: optimiser is {self.optimiser!r}, expected 'rmsprop' or 'adam'")
 

@@ -2,7 +2,8 @@
 
 Per update: G starts (tasks, where a reset draws one) and K episodes from each. An episode's advantage is its return
 against those of its group (GRPO, Shao et al., arXiv 2402.03300), for each action or for the episode as a whole (GSPO,
-Zheng et al., arXiv 2507.18071): see `grpo.improve`, which does the learning.
+Zheng et al., arXiv 2507.18071): see `grpo.improve`, which does the learning. All actions of a minibatch count alike, as
+in DAPO (Yu et al., arXiv 2503.14476); GRPO averages over those of each episode first, as GSPO does in effect.
 
 The return is the undiscounted sum of rewards; an episode that the time limit or `horizon` cuts has what it got so far.
 No penalty keeps the policy near a reference. Starts on which all episodes fare alike teach nothing: a task whose reward

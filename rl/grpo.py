@@ -50,6 +50,8 @@ class GRPOConfig:
             raise ValueError(f"GRPOConfig: batch {self.batch} is not divisible by minibatches {self.minibatches}")
         if self.horizon < 1:
             raise ValueError(f"GRPOConfig: horizon is {self.horizon}, expected at least 1")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"GRPOConfig: max_grad_norm is {self.max_grad_norm}, expected a number above 0")
         if self.level not in ("token", "sequence"):
             raise ValueError(f"GRPOConfig: level is {self.level!r}, expected 'token' or 'sequence'")
 

@@ -53,7 +53,8 @@ def clip_loss(
 ) -> jax.Array:
     """PPO's clipped surrogate with ratios kept in [1 - clip, 1 + clip_high]. A scalar to minimise; all shapes equal.
 
-    `clip_high` is `clip` unless given. At level "token" every entry has its own ratio, and the average is over entries.
+    `clip_high` is `clip` unless given. At level "token" every entry has its own ratio, and the average is over entries,
+    as in PPO and DAPO; GRPO's is over each sequence first.
     At level "sequence" the entries along the last axis share the sequence's ratio, and the average is over sequences
     (those with any entry in `mask`), whatever their lengths. Raises ValueError for another level.
 

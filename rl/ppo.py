@@ -55,6 +55,8 @@ class PPOConfig:
         for name in ("environments", "steps", "updates", "epochs", "minibatches", "shards"):
             if getattr(self, name) < 1:
                 raise ValueError(f"PPOConfig: {name} is {getattr(self, name)}, expected at least 1")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"PPOConfig: max_grad_norm is {self.max_grad_norm}, expected a number above 0")
         if self.environments % self.shards:
             raise ValueError(f"PPOConfig: {self.environments} environments are not divisible by shards {self.shards}")
         if (self.environments * self.steps) % (self.minibatches * self.shards):

@@ -18,7 +18,15 @@ from experiments.train_rl.training import train
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the experiment; returns what result.json holds."""
     try:
-        options = parse(sys.argv[1:] if arguments is None else arguments)
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:  # outside of training, which saves and says so
+        print("\nstopped; what a checkpoint has can be gone on with by --resume", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _run(arguments: list[str]) -> dict[str, Any]:
+    try:
+        options = parse(arguments)
         settings = options.settings
         planned = plan(settings)
         data = prepare(options)

@@ -19,6 +19,7 @@ from rl.envs.make import make
 from rl.group import GroupConfig
 from rl.offline import RewardObserved
 
+PROGRAM = "python -m experiments.train_rl"
 Size = Literal["standard", "tiny"]
 
 
@@ -48,9 +49,9 @@ class Settings[C, H]:
     hyper: H
     network: Annotated[NetworkOptions, tyro.conf.arg(name="")]
     env: str
-    """Name of the environment: gymnax's, brax/NAME, or GridworldPinpad."""
+    """Name of the environment: gymnax's, brax/NAME, or GridworldPinpad; all are in rl.envs.names()."""
     algo: str
-    """Name of the algorithm."""
+    """Name of the algorithm: ppo, a2c, group, dqn, sac; from --data: bc, decision_transformer."""
     preset: Size
     """Where defaults come from."""
     steps: int
@@ -126,7 +127,7 @@ def from_json(stored: dict[str, Any]) -> Settings[Any, Any]:
 
 def parse(arguments: list[str]) -> Options[Any, Any]:
     """Options of a command line. Raises ValueError for values that cannot be right."""
-    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before = argparse.ArgumentParser(PROGRAM, add_help=False, allow_abbrev=False)
     before.add_argument("--env", default="CartPole-v1")
     before.add_argument("--algo", default="ppo")
     before.add_argument("--preset", default="standard")
@@ -161,7 +162,7 @@ def parse(arguments: list[str]) -> Options[Any, Any]:
     numbers = tyro.constructors.ConstructorRegistry()
     numbers.primitive_rule(_number)
     kind = Options[entry.config, entry.hyper]  # pyright: ignore[reportInvalidTypeArguments]  # known only here
-    options = tyro.cli(kind, args=rest, default=default, prog="python -m experiments.train_rl", registry=numbers)
+    options = tyro.cli(kind, args=rest, default=default, prog=PROGRAM, registry=numbers)
     if options.settings.config.updates != given.config.updates:
         raise ValueError("--config.updates follows from --steps: give that")
     if entry.offline and options.settings.data.run is None:

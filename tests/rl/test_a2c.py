@@ -157,5 +157,7 @@ def test_rmsprop_is_as_defined(tiny):
 def test_a_bad_config_is_refused():
     with pytest.raises(ValueError, match="A2CConfig: steps is 0"):
         A2CConfig(steps=0)
+    with pytest.raises(ValueError, match="A2CConfig: max_grad_norm is -1, expected a number above 0"):
+        A2CConfig(max_grad_norm=-1)
     with pytest.raises(ValueError, match="optimiser is 'sgd', expected 'rmsprop' or 'adam'"):
         A2CConfig(optimiser="sgd")  # pyright: ignore[reportArgumentType]

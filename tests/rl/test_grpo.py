@@ -213,6 +213,8 @@ def test_a_bad_config_is_refused():
         GRPOConfig(batch=7, minibatches=2)
     with pytest.raises(ValueError, match="horizon is 0"):
         GRPOConfig(horizon=0)
+    with pytest.raises(ValueError, match="max_grad_norm is 0, expected a number above 0"):
+        GRPOConfig(max_grad_norm=0)
     with pytest.raises(ValueError, match="epochs 0 and minibatches 4 must be positive"):
         GRPOConfig(epochs=0)
     with pytest.raises(ValueError, match="batch 6 is not divisible by groups 4"):

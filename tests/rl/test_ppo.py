@@ -153,6 +153,8 @@ def test_wrong_settings_are_named(env):
         PPOConfig(environments=3, steps=5, minibatches=4)
     with pytest.raises(ValueError, match="3 environments are not divisible by shards 2"):
         PPOConfig(environments=3, steps=4, minibatches=1, shards=2)
+    with pytest.raises(ValueError, match="PPOConfig: max_grad_norm is 0, expected a number above 0"):
+        PPOConfig(max_grad_norm=0)
     network = actor_critic((5,), spaces.Discrete(3), MEMORY)
     with pytest.raises(ValueError, match="4 environments are not divisible by minibatches 5"):
         ppo.make(replace(CONFIG, minibatches=5), env, network)

@@ -22,6 +22,7 @@ from PIL import Image
 from experiments.runner import RunError
 from experiments.train_rl import __main__ as train_rl
 from experiments.train_rl import training
+from experiments.train_rl.algorithms import ALGORITHMS
 from experiments.train_rl.load import load, load_data
 from rl.algorithm import evaluate
 
@@ -290,6 +291,26 @@ def test_data_of_another_environment_are_refused(tmp_path, capsys, uninterrupted
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: --data is a run with --env CartPole-v1, expected Acrobot-v1\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_help_names_every_algorithm(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_rl.main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    told = shown[shown.index("--algo STR") : shown.index("--preset {")]
+    assert set(ALGORITHMS) <= set(re.findall(r"\w+", told))
+
+
+def test_an_interruption_outside_of_training_ends_without_a_traceback(tmp_path, capsys, monkeypatch):
+    def interrupted(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_rl, "plan", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train_rl.main([*TINY, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "\nstopped; what a checkpoint has can be gone on with by --resume\n"
 
 
 def test_what_a_config_refuses_is_told(capsys):
