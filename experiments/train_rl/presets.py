@@ -7,8 +7,8 @@ Each preset names its source; what "as" a source deviates in is said beside it. 
 - zoo: github.com/DLR-RM/rl-baselines3-zoo, hyperparams/.
 
 What none of them has is our own choice, and says so. Details of their algorithms are not taken over: rejax's PPO clips
-the change of values and each gradient's entries; the library of zoo has no factor 1/2 in the loss of values, so that its
-coefficient is worth twice ours, and in A2C RMSprop's epsilon outside the root.
+the change of values and each gradient's entries; the library of zoo has no factor 1/2 in the loss of values, so that
+its coefficient is worth twice ours, and in A2C RMSprop's epsilon outside the root.
 """
 
 from collections.abc import Mapping
