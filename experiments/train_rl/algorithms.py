@@ -67,8 +67,10 @@ class NetworkOptions:
             raise ValueError(f"--network is {kind!r}, expected auto, mlp, cnn, or one of {', '.join(causal)}")
         if self.layers < 1:
             raise ValueError(f"--layers is {self.layers}, expected at least 1")
+        # Attention's distances need more than 16.
+        context = max(horizon, 32)
         backbone = BackboneConfig(
-            inputs=1, mixers=(kind,) * self.layers, width=self.width, mlp=2 * self.width, context=horizon
+            inputs=1, mixers=(kind,) * self.layers, width=self.width, mlp=2 * self.width, context=context
         )
         return Memory(backbone, MLP(self.hidden[-1:], self.activation))
 

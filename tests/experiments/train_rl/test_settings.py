@@ -89,9 +89,11 @@ def test_networks_go_by_observations_and_by_name():
     options = NetworkOptions(hidden=(3, 5))
     assert options.torso((4,), 20) == MLP((3, 5), "tanh")
     assert options.torso((10, 10, 4), 20) == CNN((16,), hidden=(3, 5), activation="tanh")
-    memory = replace(options, network="attention", layers=2, width=8).torso((4,), 20)
+    memory = replace(options, network="attention", layers=2, width=8).torso((4,), 41)
     assert isinstance(memory, Memory)
-    assert (memory.backbone.mixers, memory.backbone.width, memory.backbone.context) == (("attention",) * 2, 8, 20)
+    assert (memory.backbone.mixers, memory.backbone.width, memory.backbone.context) == (("attention",) * 2, 8, 41)
+    # Attention takes no context of 16 or less.
+    assert isinstance(replace(options, network="attention").torso((4,), 8), Memory)
     with pytest.raises(ValueError, match="--layers is 0, expected at least 1"):
         replace(options, network="rglru", layers=0).torso((4,), 20)
 
