@@ -43,6 +43,8 @@ class BCConfig:
                 raise ValueError(f"BCConfig: {name} is {getattr(self, name)}, expected at least 1")
         if self.context is not None and self.context < 1:
             raise ValueError(f"BCConfig: context is {self.context}, expected at least 1, or None for whole episodes")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"BCConfig: max_grad_norm is {self.max_grad_norm}, expected a number above 0")
         if not 0 < self.top <= 1:
             raise ValueError(f"BCConfig: top is {self.top}, expected a fraction above 0, at most 1")
 

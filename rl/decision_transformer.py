@@ -68,6 +68,8 @@ class DTConfig:
         for name in ("horizon", "warmup"):
             if getattr(self, name) < 0:
                 raise ValueError(f"DTConfig: {name} is {getattr(self, name)}, expected 0 or more")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"DTConfig: max_grad_norm is {self.max_grad_norm}, expected a number above 0")
 
 
 class DTHyper(NamedTuple):
@@ -78,8 +80,8 @@ class DTHyper(NamedTuple):
 
 
 class DTState(NamedTuple):
-    """Everything a run is: see `rl.algorithm`. Returns are divided by `scale`, the largest in the data set. `target` is
-    the return to ask for, at first the highest in the data set; it plays no part in learning."""
+    """Everything a run is: see `rl.algorithm`. Returns are divided by `scale`, the largest magnitude in the data
+    set. `target` is the return to ask for, at first the highest there; it plays no part in learning."""
 
     params: Any
     opt_state: Any

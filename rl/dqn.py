@@ -54,6 +54,8 @@ class DQNConfig:
         for name in ("environments", "steps", "updates", "learning_starts", "gradient_steps", "batch", "target_period"):
             if getattr(self, name) < 1:
                 raise ValueError(f"DQNConfig: {name} is {getattr(self, name)}, expected at least 1")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"DQNConfig: max_grad_norm is {self.max_grad_norm}, expected a number above 0")
         if self.capacity < 1 or self.capacity % self.environments:
             raise ValueError(
                 f"DQNConfig: capacity is {self.capacity}, expected a multiple of {self.environments} environments"

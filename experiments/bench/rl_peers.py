@@ -295,7 +295,7 @@ def train_brax(run: Run) -> dict[str, Any]:
             returns.append([float(metrics["eval/episode_reward"]) for _, metrics in reports])
         rounds = [at[0] / float(metrics["training/sps"]) for _, metrics in reports]
         typical = sum(rounds[2:]) / (len(rounds) - 2)
-        compiled.append(sum(rounds[:2]) - 2 * typical)
+        compiled.append(max(sum(rounds[:2]) - 2 * typical, 0.0))
         seconds.append(typical * len(rounds))
     shutil.rmtree(cache)
     times = {"compile_seconds": compiled[0], "run_seconds": [sum(seconds)]}

@@ -146,6 +146,7 @@ def test_errors_say_what_is_wrong():
         ({"batch": 0}, "batch is 0, expected at least 1"),
         ({"context": 0}, "context is 0, expected at least 1, or None"),
         ({"top": 1.5}, "top is 1.5, expected a fraction"),
+        ({"max_grad_norm": 0}, "max_grad_norm is 0, expected a number above 0"),
     ):
         with pytest.raises(ValueError, match=match):
             bc.BCConfig(**options)

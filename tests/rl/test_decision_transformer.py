@@ -245,7 +245,11 @@ def test_updates_go_on_where_they_stopped():
 
 def test_errors_say_what_is_wrong():
     env = Noise(SimpleNamespace(n=A))
-    for options, match in (({"context": 0}, "context is 0"), ({"horizon": -1}, "horizon is -1, expected 0 or more")):
+    for options, match in (
+        ({"context": 0}, "context is 0"),
+        ({"horizon": -1}, "horizon is -1, expected 0 or more"),
+        ({"max_grad_norm": -1}, "max_grad_norm is -1, expected a number above 0"),
+    ):
         with pytest.raises(ValueError, match=match):
             dt.DTConfig(**options)
     with pytest.raises(ValueError, match="positions of the model are 'learned', expected 'none'"):

@@ -243,6 +243,7 @@ def test_errors_name_what_is_wrong():
         ("steps", 0, "steps is 0, expected at least 1"),
         ("capacity", 15, "capacity is 15, expected a multiple of 8 environments"),
         ("learning_starts", 20_000, "learning_starts is 20000, expected at most the capacity 16384"),
+        ("max_grad_norm", 0, "max_grad_norm is 0, expected a number above 0"),
         ("replay_dtype", "byte8", "DQNConfig: replay_dtype is 'byte8', expected the name of a type"),
     ]:
         with pytest.raises(ValueError, match=expected):
