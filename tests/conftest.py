@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 # XLA sizes its CPU thread pool by this: with the two threads of a small machine, simulated
 # devices can wait for each other forever.
 os.environ.setdefault("NPROC", "32")
+# With an empty cache most of the time is compilation, and most of that XLA's MLIR emitters and optimisations of machine
+# code. Neither changes what a program means, nor its memory. An empty XLA_FLAGS gives the usual compiler.
+if not entry_points(group="jax_plugins"):  # no accelerator
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+        " --xla_cpu_parallel_codegen_split_count=1 --xla_backend_optimization_level=1",
+    )
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(CACHE / "hypothesis"))
 
@@ -35,7 +44,9 @@ hypothesis.settings.load_profile("repository")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked for an accelerator that this machine lacks."""
+    """Skips what is marked for an accelerator that this machine lacks; the notebooks come first, as each takes long: at
+    the end one worker would wait for the other."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
     for platform in ("gpu", "tpu"):
         marked = [item for item in items if item.get_closest_marker(platform)]
         if marked and jax.default_backend() != platform:

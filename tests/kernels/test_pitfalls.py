@@ -1,7 +1,11 @@
 """The seventeen ways in which kernels of recurrences are known to go wrong, each held against every op."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +19,7 @@ from tests.kernels.ops import ATTENTION, DELTA, OPS, SCAN
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
+ROOT = Path(__file__).parents[2]
 GROUPED = tuple(op for op in OPS if op.grouped_case)
 # What only the device itself can show is skipped elsewhere, with a word.
 ON_DEVICE = [pytest.param(name, marks=mark) for name, mark in (("gpu", pytest.mark.gpu), ("tpu", pytest.mark.tpu))]
@@ -378,6 +383,15 @@ def test_16_the_compiler_of_the_device_is_right(op, implementation, full_compile
     with jax.default_device(jax.devices("cpu")[0]):
         wanted = exact(op, drawn._replace(cotangents=seen))
     assert_close(((output, final), gradients), wanted, 0.01 if op is ATTENTION else 2e-5)
+
+
+def test_16_so_is_the_usual_compiler_of_the_cpu():
+    """In a process of its own, as tests compile with flags (`tests/conftest.py`) that hold as long as a process."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-k", "test_16_the_compiler", __file__]
+    env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert f"{len(OPS)} passed" in done.stdout
 
 
 @every(*FAST)

@@ -215,7 +215,9 @@ def learn(row: Row) -> Learned:
     obs_PNTF = np.stack([padded(probe.observation_NTF) for probe in studied(row)])
     index_P = np.array([probes(row.continuous).index(probe) for probe in studied(row)])
     over_seeds = jax.vmap(one, in_axes=(0, None, None))
-    over_probes = jax.jit(jax.vmap(over_seeds, in_axes=(None, 0, 0)))
+    # Runs long enough that optimised code is worth its compilation.
+    optimised = {"xla_backend_optimization_level": 1}
+    over_probes = jax.jit(jax.vmap(over_seeds, in_axes=(None, 0, 0)), compiler_options=optimised)
     keys = jax.random.split(jax.random.key(0), SEEDS)
     with UNCHECKED_KEYS():
         (value, action), returns = jax.device_get(over_probes(keys, index_P, obs_PNTF))

@@ -94,7 +94,8 @@ def test_a_prefix_comes_before_the_inputs(random_params, positions):
     if positions == "learned":
         whole = whole + params["positions"][None, : L + 2]
     np.testing.assert_allclose(taps[0], whole, rtol=1e-6)
-    assert_close(outputs, jax.tree.map(lambda x: x[:, 2:], backbone.upper(params, config, whole, 0)))
+    upper = jax.jit(partial(backbone.upper, config=config, layer=0))
+    assert_close(outputs, jax.tree.map(lambda x: x[:, 2:], upper(params, e_BLD=whole)))
     assert_close(run_steps(params, config, TOKENS_BL, prefix_BPD)[0], outputs)
 
 
@@ -287,7 +288,7 @@ def test_bfloat16_streams_and_float32_outputs(random_params):
     stepped, step_taps = run_steps(params, config, inputs)
     assert step_taps[1].dtype == jnp.bfloat16
     assert np.linalg.norm(stepped["token"] - exact["token"]) < 0.05 * np.linalg.norm(exact["token"])
-    grads = jax.grad(lambda p: backbone.apply(p, config, inputs)[0]["token"].sum())(params)
+    grads = jax.jit(jax.grad(lambda p: backbone.apply(p, config, inputs)[0]["token"].sum()))(params)
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
 
 
