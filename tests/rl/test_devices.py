@@ -31,6 +31,7 @@ step in a wrong direction would be 1e-2."""
 def facts(*arguments: str) -> dict:
     """What `on_devices.py` finds on eight devices."""
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "NPROC": "32", "PYTHONPATH": str(HERE.parents[1])}
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # as `quick_compile`
     command = [sys.executable, HERE / "on_devices.py", arguments[0], "/dev/stdout", *arguments[1:]]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
