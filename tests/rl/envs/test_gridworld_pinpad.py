@@ -24,6 +24,8 @@ from rl.envs import (
     tasks_without,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CASES = {  # environment, tasks, horizon, episodes
     "paper": (GridworldPinpad(7, 8, 4, "absolute"), PAPER_PRETRAINING, 43, 500),
     "paper-relative": (GridworldPinpad(7, 8, 4, "relative"), PAPER_PRETRAINING, 43, 500),
