@@ -51,7 +51,7 @@ PURE_PPO = {
 }
 PURE_MINATAR = PURE_PPO | {"LR": 5e-3, "NUM_ENVS": 64, "NUM_MINIBATCHES": 8, "ACTIVATION": "relu"}
 PURE_BRAX = PURE_PPO | {
-    "LR": 3e-4, "NUM_ENVS": 2048, "NUM_STEPS": 10, "NUM_MINIBATCHES": 32, "ENT_COEF": 0.0, "ANNEAL_LR": False,
+    "LR": 3e-4, "NUM_ENVS": 128, "NUM_STEPS": 10, "NUM_MINIBATCHES": 2, "ENT_COEF": 0.0, "ANNEAL_LR": False,
     "NORMALIZE_ENV": True,
 }
 # rejax: configs/gymnax/*.yaml, configs/brax/*.yaml and benchmark/breakout_1m.yaml.
@@ -162,9 +162,9 @@ RUNS = (
     Run("brax", "ppo", "ant", 1_024_000, 2, BRAX_ANT, 5, "mjx", note=_SIXTEENTH),
     Run("brax", "ppo", "halfcheetah", 1_024_000, 2, BRAX_HALFCHEETAH, 5, "mjx", note=_SIXTEENTH),
     Run("purejaxrl", "ppo_continuous_action", "ant", 1_024_000, 2, PURE_BRAX, 5, "spring",
-        note="published for hopper, the positional backend and 50000000 steps"),
+        note="published for hopper, positional, 50000000 steps, and 16 times the environments and minibatches"),
     Run("purejaxrl", "ppo_continuous_action", "halfcheetah", 1_024_000, 2, PURE_BRAX, 5, "spring",
-        note="published for hopper, the positional backend and 50000000 steps"),
+        note="published for hopper, positional, 50000000 steps, and 16 times the environments and minibatches"),
     Run("rejax", "ppo", "brax/ant", 1_024_000, 2, REJAX_ANT, 2, "spring", note=_SHORT),
     Run("rejax", "ppo", "brax/halfcheetah", 1_024_000, 2, REJAX_HALFCHEETAH, 2, "spring", note=_SHORT),
 )

@@ -10,4 +10,5 @@ where more of the signal is fast and says nothing of the target. Flat models are
 which has seen what the hierarchy has; the published code reads at the first, and "MIXER:first" does as well.
 
 Command: python -m experiments.hiss [--preset tiny|small] [--models NAME ...] [--out DIR] [--resume]
+What was seen: experiments/README.md.
 """

@@ -26,9 +26,9 @@ from seqmod.train import AdamWConfig
 class Config:
     """Every model gets the same steps, batches and learning rate."""
 
-    models: tuple[str, ...] = ("s4d", "s4d:first", "s4d/s4d", "mamba", "mamba/mamba", "rglru", "rglru/rglru")
+    models: tuple[str, ...] = ("s4d", "s4d:first", "s4d/s4d", "rglru", "rglru/rglru")
     """"MIXER" is flat, "LOW/HIGH" a hierarchy; "MIXER:first" is read at the first sample of each chunk."""
-    levels: tuple[float, ...] = (0.0, 1.0, 2.0)
+    levels: tuple[float, ...] = (0.0, 2.0)
     """Strengths of the vibration, each with models of its own."""
     seeds: int = 3
     seed: int = 0
